@@ -1,0 +1,1 @@
+"""Collectors: from losses to Gramians, and from weights to ``p.grad``."""

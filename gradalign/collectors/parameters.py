@@ -1,0 +1,201 @@
+"""Which parameters take part in an alignment, in which block, and where their gradients lie in a flat row.
+
+A *block* is what shares one Gramian. A *bucket* holds the parameters of one device and dtype: its row is one flat
+tensor of P elements, in which each parameter has its place, laid out with the parameter's own strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gradalign.errors import unknown_name
+
+OUTSIDE = -1
+"""The block of parameters outside the scope: they enter no Gramian."""
+
+Scope = Literal["all", "shared"] | Iterable[Tensor]
+Granularity = Literal["global", "param_group", "tensor"] | Sequence[Sequence[Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """The parameters of one device and dtype.
+
+    Attributes:
+        members: Indices of the parameters in the layout, in the order of their places.
+        offsets: Where each member begins, in elements.
+        numel: P, the length of a row.
+    """
+
+    members: tuple[int, ...]
+    offsets: tuple[int, ...]
+    numel: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Layout:
+    """The parameters that take part, their blocks and their places.
+
+    Args:
+        parameters: The parameters.
+        blocks: A block's number for each parameter, or OUTSIDE.
+        num_blocks: How many blocks there are.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], blocks: Sequence[int], num_blocks: int) -> None:
+        self.parameters = tuple(parameters)
+        self.blocks = tuple(blocks)
+        self.num_blocks = num_blocks
+        # A parameter's own strides where it is dense: what loss.backward() makes, and what fused steps want.
+        self._strides = [torch.empty_like(p, device="meta").stride() for p in self.parameters]
+        self.buckets = tuple(self._bucket(members) for members in self._by_kind())
+
+    def views(self, bucket: Bucket, row: Tensor) -> list[Tensor]:
+        """Return each member's part of a row (P,), in the shape and strides of the parameter."""
+        return [
+            torch.as_strided(row, self.parameters[i].shape, self._strides[i], offset)
+            for i, offset in zip(bucket.members, bucket.offsets, strict=True)
+        ]
+
+    def runs(self, bucket: Bucket, blocks: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Return (start, end, block) for each longest stretch of a row that belongs to one block.
+
+        Args:
+            bucket: One of the layout's buckets.
+            blocks: A block's number for each parameter of the layout.
+        """
+        runs: list[tuple[int, int, int]] = []
+        for i, start in zip(bucket.members, bucket.offsets, strict=True):
+            end = start + self.parameters[i].numel()
+            if runs and runs[-1][2] == blocks[i]:
+                runs[-1] = (runs[-1][0], end, blocks[i])
+            else:
+                runs.append((start, end, blocks[i]))
+        return runs
+
+    def _by_kind(self) -> Iterable[list[int]]:
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i in sorted(range(len(self.parameters)), key=lambda i: self.blocks[i]):
+            kinds.setdefault((self.parameters[i].device, self.parameters[i].dtype), []).append(i)
+        return kinds.values()
+
+    def _bucket(self, members: list[int]) -> Bucket:
+        offsets, end = [], 0
+        for i in members:
+            offsets.append(end)
+            end += self.parameters[i].numel()
+        kind = self.parameters[members[0]]
+        return Bucket(tuple(members), tuple(offsets), end, kind.dtype, kind.device)
+
+
+def check_scope(scope: object, param_groups: Sequence[Mapping[str, Any]]) -> str | tuple[Tensor, ...]:
+    """Return the scope as a name or a tuple of the optimizer's parameters, or say what is wrong with it."""
+    if isinstance(scope, str):
+        if scope not in ("all", "shared"):
+            raise unknown_name("scope", scope, ["all", "shared"])
+        return scope
+    return _known_parameters("scope", scope, param_groups)
+
+
+def check_granularity(
+    granularity: object, param_groups: Sequence[Mapping[str, Any]]
+) -> str | tuple[tuple[Tensor, ...], ...]:
+    """Return the granularity as a name or tuples of the optimizer's parameters, or say what is wrong with it."""
+    if isinstance(granularity, str):
+        if granularity not in ("global", "param_group", "tensor"):
+            raise unknown_name("granularity", granularity, ["global", "param_group", "tensor"])
+        return granularity
+    if not isinstance(granularity, Sequence):
+        raise TypeError(
+            "`granularity` must be 'global', 'param_group', 'tensor' or a list of lists of parameters,"
+            f" got {type(granularity).__name__}."
+        )
+    blocks = tuple(_known_parameters("granularity", block, param_groups) for block in granularity)
+    seen: set[int] = set()
+    for number, block in enumerate(blocks):
+        for parameter in block:
+            if id(parameter) in seen:
+                raise ValueError(
+                    f"`granularity` must name each parameter once, got one of shape {tuple(parameter.shape)}"
+                    f" again in block {number}."
+                )
+            seen.add(id(parameter))
+    return blocks
+
+
+def make_layout(
+    param_groups: Sequence[Mapping[str, Any]],
+    scope: str | tuple[Tensor, ...],
+    granularity: str | tuple[tuple[Tensor, ...], ...],
+) -> Layout:
+    """Return the layout of the parameters that require a gradient now."""
+    members = [(p, g) for g, group in enumerate(param_groups) for p in group["params"] if p.requires_grad]
+    inside = None if isinstance(scope, str) else {id(p) for p in scope}
+    blocks, num_blocks = _blocks(members, len(param_groups), granularity)
+    return Layout(
+        [p for p, _ in members],
+        [
+            block if inside is None or id(p) in inside else OUTSIDE
+            for (p, _), block in zip(members, blocks, strict=True)
+        ],
+        num_blocks,
+    )
+
+
+def layout_key(param_groups: Sequence[Mapping[str, Any]]) -> tuple[object, ...]:
+    """Return what a layout depends on: it changes when a layout has to be made anew."""
+    return tuple(
+        (id(p), g, p.dtype, p.device, p.shape, p.stride())
+        for g, group in enumerate(param_groups)
+        for p in group["params"]
+        if p.requires_grad
+    )
+
+
+def _blocks(
+    members: Sequence[tuple[Tensor, int]], num_groups: int, granularity: str | tuple[tuple[Tensor, ...], ...]
+) -> tuple[list[int], int]:
+    """Return each parameter's block and the number of blocks."""
+    if granularity == "global":
+        return [0] * len(members), 1
+    if granularity == "param_group":
+        return [g for _, g in members], num_groups
+    if granularity == "tensor":
+        return list(range(len(members))), len(members)
+    number = {id(p): b for b, block in enumerate(granularity) if not isinstance(block, str) for p in block}
+    # Parameters that no list names share one more block, the last.
+    rest = len(granularity)
+    blocks = [number.get(id(p), rest) for p, _ in members]
+    return blocks, rest + (rest in blocks)
+
+
+def _known_parameters(
+    argument: str, parameters: object, param_groups: Sequence[Mapping[str, Any]]
+) -> tuple[Tensor, ...]:
+    """Return the parameters as a tuple; raise unless each is one of the optimizer's."""
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"`{argument}` must hold parameters in a list, got {type(parameters).__name__};"
+            " pass list(module.parameters())."
+        )
+    known = {id(p) for group in param_groups for p in group["params"]}
+    checked = tuple(parameters)
+    for position, parameter in enumerate(checked):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"`{argument}` must hold parameters, got {type(parameter).__name__} at position {position};"
+                " pass module.parameters(), not module.named_parameters()."
+            )
+        if id(parameter) not in known:
+            raise ValueError(
+                f"`{argument}` must hold parameters of the optimizer, got one of shape {tuple(parameter.shape)} at"
+                f" position {position} that is in none of its parameter groups; give it to the optimizer too,"
+                f" or leave it out of `{argument}`."
+            )
+    return checked

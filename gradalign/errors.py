@@ -1,0 +1,56 @@
+"""What goes wrong, said once: exceptions for numerics at run time and the wording of misuse."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+
+class GradAlignError(RuntimeError):
+    """Base of the errors that numerics cause at run time; misuse is a ValueError or TypeError."""
+
+
+class NonFiniteError(GradAlignError):
+    """Raised when a loss group's gradient, or the weights made from it, hold NaN or infinity.
+
+    Attributes:
+        groups: Names of the loss groups concerned, in the order of the losses.
+    """
+
+    def __init__(self, message: str, groups: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.groups = groups
+
+
+class MissingExtraError(ImportError):
+    """Raised when a feature needs a package that an extra of gradalign brings."""
+
+
+def unknown_name(argument: str, value: object, known: Iterable[str]) -> ValueError:
+    """Return the error for a name outside ``known``, with the nearest names offered.
+
+    >>> unknown_name("rule", "pc-grad", ["ga-soft", "pcgrad"])
+    ValueError("`rule` must be one of 'ga-soft', 'pcgrad', got 'pc-grad'; did you mean 'pcgrad'?")
+    """
+    names = list(known)
+    near = difflib.get_close_matches(str(value).lower(), names, n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    return ValueError(f"`{argument}` must be one of {', '.join(map(repr, names))}, got {value!r}{hint}")
+
+
+def missing_extra(package: str, extra: str) -> MissingExtraError:
+    """Return the error for a package that is not installed and the extra that brings it."""
+    return MissingExtraError(
+        f'This needs the package `{package}`, which is not installed; pip install "gradalign[{extra}]" brings it.'
+    )
+
+
+def finite_number(argument: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    """Return ``value`` as a float, or raise unless it is a finite number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{argument}` must be a number, got {value!r} ({type(value).__name__}).")
+    if not math.isfinite(value) or not low <= value <= high:
+        bounds = "finite" if math.isinf(low) and math.isinf(high) else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"`{argument}` must be {bounds}, got {value!r}.")
+    return float(value)

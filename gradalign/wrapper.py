@@ -1,0 +1,132 @@
+"""An optimizer around an optimizer: the inner one in all it does, so that a subclass adds only what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast, overload
+
+from torch.optim import Optimizer
+
+_STATE_KEY = "gradalign"
+
+
+class WrappedOptimizer(Optimizer):
+    """Be another optimizer: its groups, state, defaults and step, and whatever schedulers and hooks ask of it.
+
+    ``param_groups``, ``state`` and ``defaults`` are views of the inner optimizer, not copies: its
+    ``load_state_dict`` replaces these objects, and an alias would then be read and written in vain. Nothing is
+    written into the inner state; what a subclass has to save goes beside it, under "gradalign".
+
+    Args:
+        optimizer: The inner optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        # Optimizer.__init__ makes the hooks, and assigns state, groups and defaults: a stand-in takes those.
+        self._inner = cast(Optimizer, SimpleNamespace(add_param_group=lambda group: None))
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._inner = optimizer
+
+    @property
+    def inner(self) -> Optimizer:
+        """The optimizer inside."""
+        return self._inner
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's parameter groups."""
+        return self._inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self._inner.param_groups = value
+
+    @property
+    def state(self) -> Any:  # noqa: ANN401  # type: ignore[override]
+        """The inner optimizer's state."""
+        return self._inner.state
+
+    @state.setter
+    def state(self, value: Any) -> None:  # noqa: ANN401
+        self._inner.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's defaults."""
+        return self._inner.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self._inner.defaults = value
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take the inner optimizer's step and return what it returns: the closure's loss."""
+        return self._inner.step() if closure is None else self._inner.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset ``p.grad`` as the inner optimizer does.
+
+        Args:
+            set_to_none: Set ``p.grad`` to None rather than to zeros.
+        """
+        self._inner.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the inner optimizer; its parameters take part from the next ``backward``."""
+        self._inner.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's state, and what is the wrapper's own under "gradalign".
+
+        ``torch.load(..., weights_only=True)`` takes it, and the bare inner optimizer loads it too.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = {**self._inner.state_dict(), _STATE_KEY: self._own_state()}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the inner optimizer's state and the wrapper's own.
+
+        Args:
+            state_dict: From ``state_dict()`` of this class, or of the bare inner optimizer: the wrapper's own state
+                then stays as it is.
+
+        Raises:
+            ValueError: The state does not fit; nothing is loaded then.
+        """
+        state = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state)
+            state = state if changed is None else changed
+        own, previous = state.pop(_STATE_KEY, None), self._own_state()
+        if own is not None:
+            self._load_own_state(own)
+        try:
+            self._inner.load_state_dict(state)
+        except BaseException:
+            self._load_own_state(previous)
+            raise
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _own_state(self) -> dict[str, Any]:
+        """Return what the subclass saves: tensors, plain values, lists and dictionaries."""
+        return {}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        """Take over what ``_own_state`` returned, or raise ValueError and change nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep; hooks are dropped, as torch drops them."""
+        return {"_inner": self._inner}
