@@ -19,8 +19,8 @@ export PATH
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/.installed-multiexit  ## train and compare on small data; results in runs/demo
-	@.venv/bin/gradalign compare --preset demo --out runs/demo
+demo: .venv/.installed-multiexit  ## train ResNet-56 by four methods on digits and compare them; runs/demo
+	@.venv/bin/gradalign compare --epochs 10 --batch-size 64 --learning-rate 0.05 --out runs/demo
 
 test: .venv/.installed-test  ## run the tests and doctests; ARGS="-k name" goes to pytest
 	@echo "Running the tests ..."

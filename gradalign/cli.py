@@ -1,0 +1,257 @@
+"""The command line: train, compare, evaluate and plot multi-exit networks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+from gradalign.errors import GradAlignError, MissingExtraError
+from gradalign.multiexit import methods
+
+if TYPE_CHECKING:
+    from gradalign.multiexit.runs import Config
+
+_SPEED_UPS = (1.5, 2.0)
+_INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except (GradAlignError, MissingExtraError, ValueError, OSError) as error:
+        print(f"gradalign: {error}", file=sys.stderr)
+        return 1
+
+
+def _train(options: argparse.Namespace) -> int:
+    from gradalign.multiexit import data
+    from gradalign.multiexit.figures import plot_run
+    from gradalign.multiexit.runs import Run
+    from gradalign.multiexit.training import Interrupted, train
+
+    config = _config(options, options.method, options.seed)
+    if options.resume:
+        _check_untouched(config)
+        run = Run.open(options.resume)
+        images = data.load(run.config.data)
+    else:
+        images = data.load(config.data)
+        run = Run.create(options.out or Path("runs") / f"{options.method}-seed{options.seed}", config)
+    try:
+        train(run, images, _device(options))
+    except Interrupted as stop:
+        return _say_interrupted(stop.step, f"gradalign train --resume {run.folder}")
+    result = run.result
+    print(f"{run.config.method}: test accuracy of the exits, first to last")
+    print("  " + " ".join(f"{accuracy:.3f}" for accuracy in result["test_accuracy"]))
+    print(f"{result['steps']} steps in {result['seconds']:.0f} s; pictures:")
+    for path in plot_run(run):
+        print(f"  {path}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from gradalign.multiexit.comparison import compare, runs_of, table
+    from gradalign.multiexit.figures import plot_runs
+    from gradalign.multiexit.training import Interrupted
+
+    config = _config(options, options.methods[0], options.seeds[0])
+    try:
+        rows = compare(config, options.methods, options.seeds, options.out, _device(options))
+    except Interrupted as stop:
+        return _say_interrupted(stop.step, "the same command")
+    text = table(rows)
+    (options.out / "comparison.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\nMultiExitResNet-{config.depth} on {config.data}, {config.epochs} epochs, test images:\n\n{text}\n")
+    print(
+        "speed-up: layers saved by an entropy policy that is as accurate on held-out images as the last exit of"
+        f" {options.methods[0]}; - where none is."
+    )
+    for row in rows:
+        if row.equal is not None:
+            print(
+                f"  {row.method} seed {row.seed}: {row.equal.speed_up:.2f}x in layers, {row.equal.mac_speed_up:.2f}x in"
+                f" multiply-accumulates, test accuracy {row.equal.accuracy:.3f} ({row.equal.policy})"
+            )
+    print("pictures:")
+    for path in plot_runs({method: runs_of(options.out)[method] for method in options.methods}, options.out):
+        print(f"  {path}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from gradalign.multiexit import data, policies
+    from gradalign.multiexit.evaluation import at_speed_up, cost_of_exits, exit_logits
+    from gradalign.multiexit.metrics import exit_accuracies
+    from gradalign.multiexit.runs import Run, write_json
+
+    run = Run.open(options.run)
+    images = data.load(run.config.data)
+    model = run.load_model(images.num_classes, images.in_channels).to(_device(options))
+    held_out, _ = exit_logits(model, images, images.held_out)
+    test, labels = exit_logits(model, images, images.test)
+    macs = cost_of_exits(model, images.image_size)
+    accuracies = exit_accuracies(test, labels).tolist()
+    print(f"{run.config.method}: test accuracy of each exit")
+    for number, (block, accuracy) in enumerate(zip(model.exit_blocks, accuracies, strict=True), 1):
+        print(f"  exit {number:2} after block {block:2}: {accuracy:.3f}, {macs[number - 1] / 1e6:.2f} M MACs")
+    print("policies, calibrated on held-out images, on test images")
+    outcomes = []
+    kinds = (policies.Budget(1), policies.Entropy(0.0), policies.MaxProbability(1.0), policies.Patience(1))
+    for policy in kinds:
+        for wanted in _SPEED_UPS:
+            outcome = at_speed_up(policy, held_out, test, labels, wanted, macs)
+            outcomes.append({"wanted": wanted, **asdict(outcome), "policy": repr(outcome.policy)})
+            print(
+                f"  {wanted}x: accuracy {outcome.accuracy:.3f} at {outcome.speed_up:.2f}x in layers,"
+                f" {outcome.mac_speed_up:.2f}x in MACs, {outcome.policy}"
+            )
+    write_json(run.folder / "evaluation.json", {"test_accuracy": accuracies, "policies": outcomes})
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from gradalign.multiexit.comparison import runs_of
+    from gradalign.multiexit.figures import plot_run, plot_runs
+    from gradalign.multiexit.runs import Run
+
+    several = runs_of(options.run)
+    for path in plot_runs(several, options.run) if several else plot_run(Run.open(options.run)):
+        print(path)
+    return 0
+
+
+def _config(options: argparse.Namespace, method: str, seed: int) -> Config:
+    from gradalign.multiexit.runs import Config
+
+    return Config(
+        method=method,
+        seed=seed,
+        data=options.data if options.data == "digits" else str(Path(options.data).resolve()),
+        depth=options.depth,
+        exits=options.exits,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        alpha=options.alpha,
+        temperature=options.temperature,
+        reduction=options.reduction,
+        granularity=options.granularity,
+    )
+
+
+def _check_untouched(config: Config) -> None:
+    """Raise ValueError if a setting was given together with --resume, where it would do nothing."""
+    from dataclasses import fields
+
+    given = [f"--{f.name.replace('_', '-')}" for f in fields(config) if getattr(config, f.name) != f.default]
+    if given:
+        raise ValueError(f"`--resume` must come without settings, for the run has its own, got {', '.join(given)}.")
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    name = options.device
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _say_interrupted(step: int, how: str) -> int:
+    print(f"\nstopped after step {step}; a checkpoint is written, {how} continues from it", file=sys.stderr)
+    return _INTERRUPTED
+
+
+def _exits(text: str) -> str | tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",")) if text[:1].isdigit() else text
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"gradalign: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gradalign", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("train", help="train one network", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    one.add_argument("--method", default="gaml-soft", choices=methods.names(), help="; ".join(_method_help()))
+    one.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    one.add_argument("--out", type=Path, help="folder of the run; runs/METHOD-seedN if left out")
+    one.add_argument("--resume", type=Path, metavar="RUN", help="continue a run that was stopped, as it was configured")
+    _add_settings(one)
+    one.set_defaults(command=_train)
+
+    several = commands.add_parser(
+        "compare",
+        help="train methods with the same seeds and print a table",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    several.add_argument(
+        "--methods",
+        nargs="+",
+        default=["joint", "ml", "gaml-hard", "gaml-soft"],
+        choices=methods.names(),
+        metavar="METHOD",
+        help="; ".join(_method_help()),
+    )
+    several.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one run a method and seed")
+    several.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), help="folder of the runs; continued if it has some"
+    )
+    _add_settings(several)
+    several.set_defaults(command=_compare)
+
+    judged = commands.add_parser("evaluate", help="accuracy of every exit, and of every policy at 1.5x and 2x")
+    judged.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    _add_device(judged)
+    judged.set_defaults(command=_evaluate)
+
+    drawn = commands.add_parser("plot", help="draw the pictures of a run or a comparison again")
+    drawn.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, or of a comparison")
+    drawn.set_defaults(command=_plot)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", default="digits", metavar="digits|PATH.npz", help="images; arrays as CIFAR-10 has them"
+    )
+    parser.add_argument("--depth", type=int, default=56, help="layers of the ResNet, 6n + 2")
+    parser.add_argument("--exits", type=_exits, default="block", help="block, shallow-deep, or block numbers as 4,8,12")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training images")
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step")
+    parser.add_argument("--learning-rate", type=float, default=0.1, help="of SGD with momentum 0.9, at the start")
+    parser.add_argument("--weight-decay", type=float, default=1e-4, help="of SGD")
+    parser.add_argument("--alpha", type=float, default=methods.Settings.alpha, help="weight of the distillation loss")
+    parser.add_argument("--temperature", type=float, default=methods.Settings.temperature, help="of the distillation")
+    parser.add_argument(
+        "--reduction",
+        default=methods.Settings.reduction,
+        choices=("sum", "mean"),
+        help="of the distillation over pairs of exits; sum is the paper's Eq. 3",
+    )
+    parser.add_argument(
+        "--granularity", default="global", choices=("global", "layer", "tensor"), help="what shares one Gramian"
+    )
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+
+
+def _method_help() -> list[str]:
+    return [f"{name}: {methods.get(name).summary}" for name in methods.names()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Train several methods on the same data with the same seeds, and put them side by side."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gradalign.multiexit import data as images
+from gradalign.multiexit import policies
+from gradalign.multiexit.data import ImageData
+from gradalign.multiexit.evaluation import Outcome, at_accuracy, cost_of_exits, exit_logits
+from gradalign.multiexit.runs import Config, Run, write_json
+from gradalign.multiexit.training import train
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one run came to.
+
+    Attributes:
+        method: The method.
+        seed: The seed.
+        mean_accuracy: Test accuracy, mean over the exits.
+        last_accuracy: Test accuracy of the last exit.
+        conflicts: Share of the steps whose losses conflict, None with a single loss.
+        reversals: Share of the steps with a weight below zero.
+        equal: The fastest entropy policy that on held-out images is as accurate as the first method's last exit, as it
+            comes out on test images; None where no setting is.
+        seconds: Training time.
+    """
+
+    method: str
+    seed: int
+    mean_accuracy: float
+    last_accuracy: float
+    conflicts: float | None
+    reversals: float
+    equal: Outcome | None
+    seconds: float
+
+
+def compare(
+    config: Config, methods: Sequence[str], seeds: Sequence[int], folder: Path, device: torch.device | str = "cpu"
+) -> list[Row]:
+    """Train each method with each seed, and return a row for each run.
+
+    Runs that a folder holds already are taken as they are, or continued: so a comparison that was stopped goes on.
+
+    Args:
+        config: What the runs share; its method and seed are replaced.
+        methods: The methods; the accuracy of the first one's last exit is what the others' speed-up is measured at.
+        seeds: The seeds.
+        folder: Holds a folder for each run, named METHOD-seedN, and comparison.json.
+        device: Where to compute.
+
+    Raises:
+        ValueError: A run in the folder has another configuration.
+    """
+    data = images.load(config.data)
+    runs = {
+        (method, seed): _prepare(folder / f"{method}-seed{seed}", replace(config, method=method, seed=seed))
+        for seed in seeds
+        for method in methods
+    }
+    for run in runs.values():
+        train(run, data, device)
+    rows = []
+    for seed in seeds:
+        held_out = {method: _logits(runs[method, seed], data) for method in methods}
+        logits, labels = held_out[methods[0]][0]
+        wanted = float((logits[-1].argmax(-1) == labels).double().mean())
+        rows += [_row(runs[method, seed], *held_out[method], wanted, data) for method in methods]
+    write_json(folder / "comparison.json", [_record(row) for row in rows])
+    return rows
+
+
+def runs_of(folder: Path) -> dict[str, list[Run]]:
+    """Return the finished runs of a comparison's folder, by method."""
+    found: dict[str, list[Run]] = {}
+    for path in sorted(folder.glob("*-seed*")):
+        run = Run(path)
+        if run.exists and run.finished:
+            found.setdefault(run.config.method, []).append(run)
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as a Markdown table, a method a line: mean over the seeds ± standard deviation."""
+    header = ("method", "seeds", "mean of exits", "last exit", "conflicting steps", "reversed steps", "speed-up")
+    lines = [header, tuple("---" for _ in header)]
+    for method in dict.fromkeys(row.method for row in rows):
+        of_method = [row for row in rows if row.method == method]
+        speed_ups = [row.equal.speed_up for row in of_method if row.equal is not None]
+        paired = [row for row in of_method if row.conflicts is not None]
+        lines.append(
+            (
+                method,
+                str(len(of_method)),
+                _spread([100 * row.mean_accuracy for row in of_method], " %"),
+                _spread([100 * row.last_accuracy for row in of_method], " %"),
+                _spread([100 * row.conflicts for row in paired if row.conflicts is not None], " %"),
+                _spread([100 * row.reversals for row in paired], " %"),
+                _spread(speed_ups, "x", digits=2) + _reached(len(speed_ups), len(of_method)),
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "| "
+        + " | ".join(cell.ljust(width, "-" if cell == "---" else " ") for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    )
+
+
+def _prepare(folder: Path, config: Config) -> Run:
+    """Return the run in the folder, made where there is none."""
+    run = Run(folder)
+    if not run.exists:
+        return Run.create(folder, config)
+    there = run.config
+    if there != config:
+        odd = [f.name for f in fields(Config) if getattr(there, f.name) != getattr(config, f.name)]
+        found = ", ".join(f"{name}={getattr(there, name)!r}" for name in odd)
+        raise ValueError(
+            f"`out` must be a folder whose runs have this configuration, got {str(folder)!r} with {found};"
+            " name another folder, or give the same settings to continue."
+        )
+    return run
+
+
+def _logits(run: Run, data: ImageData) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return held-out and test logits with their labels."""
+    model = run.load_model(data.num_classes, data.in_channels)
+    return exit_logits(model, data, data.held_out), exit_logits(model, data, data.test)
+
+
+def _row(run: Run, held_out: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], wanted: float, data: ImageData) -> Row:
+    config, result = run.config, run.result
+    steps = list(run.metrics("step"))
+    paired = len(steps[0]["groups"]) > 1
+    macs = cost_of_exits(run.load_model(data.num_classes, data.in_channels), data.image_size)
+    return Row(
+        config.method,
+        config.seed,
+        statistics.fmean(result["test_accuracy"]),
+        result["test_accuracy"][-1],
+        statistics.fmean(bool(step["conflicts"]) for step in steps) if paired else None,
+        statistics.fmean(step["reversals"] > 0 for step in steps),
+        at_accuracy(policies.Entropy(0.0), held_out, test, wanted, macs),
+        result["seconds"],
+    )
+
+
+def _record(row: Row) -> Mapping[str, object]:
+    return {
+        **asdict(row),
+        "equal": None if row.equal is None else {**asdict(row.equal), "policy": repr(row.equal.policy)},
+    }
+
+
+def _spread(values: Sequence[float], unit: str, digits: int = 1) -> str:
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "") + unit
+
+
+def _reached(reached: int, of: int) -> str:
+    return "" if reached in (0, of) else f" ({reached} of {of} seeds)"

@@ -1,0 +1,231 @@
+"""Early exiting: what a policy is, how rows leave, and a running model that stops computing them.
+
+Shapes: M exits, N rows, C classes; stacked logits are (M, N, C), and one exit's logits of the n rows still
+there are (n, C). Exits are counted from 1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradalign.multiexit.objectives import check_logits
+
+
+class MultiExitModel(Protocol):
+    """A network that can be run from exit to exit, as ``MultiExitResNet``.
+
+    Attributes:
+        num_exits: M.
+    """
+
+    num_exits: int
+
+    def start(self, inputs: Tensor) -> Tensor:
+        """Return the hidden state before the first layer: one tensor, its first dimension the N rows."""
+
+    def advance(self, hidden: Tensor, exit: int) -> tuple[Tensor, Tensor]:
+        """Run the layers from the exit before to this one, and its head: hidden state and logits (n, C)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """Where the rows left and what they were answered.
+
+    Attributes:
+        labels: (N,), int64, the class with the largest logit; for regression (C = 1) the predicted value.
+        exits: (N,), int64, in 1..M: how far the row was computed.
+        logits: (N, C), the answer: that exit's or, for ``MaxProbability``, the most confident one's up to it.
+    """
+
+    labels: Tensor
+    exits: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Decide exit by exit which rows leave; whoever is left leaves at exit M.
+
+    A subclass is a frozen dataclass and writes ``step``; ``check`` where not every M or C makes sense;
+    ``settings`` for ``calibrate``. The same ``step`` decides on stored logits (``decide``) and on a running
+    model (``early_exit``).
+    """
+
+    @abstractmethod
+    def step(self, logits: Tensor, exit: int, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Decide for the rows still there.
+
+        Args:
+            logits: (n, C), floating, of this exit.
+            exit: 1 for the first.
+            state: What the policy remembers of each row, tensors (n, ...), to be updated in place; empty at
+                exit 1, and afterwards cut down to the rows that stayed.
+
+        Returns:
+            Which rows leave here, (n,), bool, and the answer if they do, (n, C).
+        """
+
+    def check(self, num_exits: int, num_classes: int) -> None:  # noqa: B027 (most policies suit any network)
+        """Raise ValueError unless the policy makes sense for M exits and C classes."""
+
+    def settings(self, logits: Tensor) -> tuple[str, Sequence[float]]:
+        """Return the field to calibrate and its values worth trying on (M, N, C) logits, slowest first."""
+        raise NotImplementedError(f"`settings` must be written to calibrate {type(self).__name__}.")
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return where each row leaves, (N,), int64, in 1..M, for stacked logits (M, N, C)."""
+        return self.decide(logits).exits
+
+    @torch.no_grad()
+    def decide(self, logits: Tensor) -> Decision:
+        """Return where each row leaves and what it is answered.
+
+        Args:
+            logits: (M, N, C), floating, of every exit; N may be 0.
+
+        Raises:
+            TypeError: ``logits`` is no floating tensor.
+            ValueError: ``logits`` is not (M, N, C), or the policy makes no sense for this M or C.
+        """
+        M, N, _ = check_logits(logits)
+        walk = Walk(self, M, N, logits.device)
+        for exit_logits in logits:
+            walk.visit(exit_logits[walk.rows])
+            if walk.finished:
+                break
+        return walk.decision()
+
+
+class Walk:
+    """N rows on their way through M exits.
+
+    Each exit writes its answer and its number for every row still there, so that the last one written stands.
+
+    Args:
+        policy: Says who leaves.
+        num_exits: M.
+        num_rows: N, which may be 0.
+        device: Where the logits are.
+
+    Attributes:
+        rows: (n,), int64, ascending: the original numbers of the rows still there.
+    """
+
+    def __init__(self, policy: Policy, num_exits: int, num_rows: int, device: torch.device) -> None:
+        self.rows = torch.arange(num_rows, device=device)
+        self._policy = policy
+        self._num_exits = num_exits
+        self._exit = 0
+        self._exits = torch.zeros_like(self.rows)
+        self._logits: Tensor | None = None
+        self._state: dict[str, Tensor] = {}
+
+    @property
+    def finished(self) -> bool:
+        """No row is left."""
+        return self.rows.numel() == 0
+
+    def visit(self, logits: Tensor) -> Tensor:
+        """Take the next exit's logits of the rows still there, and let some leave.
+
+        Args:
+            logits: (n, C), floating, in the order of ``rows``.
+
+        Returns:
+            The positions in ``logits`` of the rows that stay, int64, ascending.
+
+        Raises:
+            ValueError: ``logits`` is not (n, C), or the policy makes no sense for this M or C.
+        """
+        if logits.shape[:-1] != self.rows.shape:
+            raise ValueError(
+                f"`logits` must be ({self.rows.numel()}, C), one row for each still there, got shape"
+                f" {tuple(logits.shape)}; `advance` must keep the rows and their order."
+            )
+        if self._logits is None:
+            self._policy.check(self._num_exits, logits.shape[-1])
+            self._logits = torch.empty_like(logits)
+        self._exit += 1
+        leaves, answers = self._policy.step(logits, self._exit, self._state)
+        self._logits[self.rows] = answers.to(self._logits.dtype)
+        self._exits[self.rows] = self._exit
+        stay = (~leaves).nonzero().squeeze(-1)[: None if self._exit < self._num_exits else 0]
+        self.rows = _keep(self.rows, stay)
+        self._state = {name: _keep(tensor, stay) for name, tensor in self._state.items()}
+        return stay
+
+    def decision(self) -> Decision:
+        """Return what has been decided, of which every row was seen once at least."""
+        if self._logits is None:
+            raise RuntimeError("`visit` must be called once at least before there is a decision.")
+        labels = self._logits.squeeze(-1) if self._logits.shape[-1] == 1 else self._logits.argmax(-1)
+        return Decision(labels, self._exits, self._logits)
+
+
+def early_exit(model: MultiExitModel, inputs: Tensor, policy: Policy) -> Decision:
+    """Run the model on a batch, and each row no further than to the exit where it leaves.
+
+    What it does:
+
+    1. put the model in evaluation mode, without gradients;
+    2. run all rows to the first exit and ask the policy;
+    3. drop the rows that leave, so that only the others are computed on, and go on to the next exit;
+    4. at exit M let all leave; put every module back into the mode it was in, also after an error.
+
+    Exits and answers are those of ``policy.decide(model(inputs))`` and do not depend on the rows beside them,
+    up to rounding of the model's own arithmetic.
+
+    Args:
+        model: With ``num_exits``, ``start`` and ``advance``.
+        inputs: (N, ...), what ``model.start`` takes; N may be 0.
+        policy: Who leaves where.
+
+    Raises:
+        TypeError: ``policy`` is no ``Policy``.
+        ValueError: The policy makes no sense for this M or C, or the model returns another number of rows.
+
+    Note:
+        Finding out who stays waits for the device once an exit.
+
+    >>> from gradalign.multiexit.policies import Budget
+    >>> from gradalign.multiexit.resnet import MultiExitResNet
+    >>> early_exit(MultiExitResNet(depth=8), torch.zeros(4, 3, 8, 8), Budget(2)).exits
+    tensor([2, 2, 2, 2])
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(f"`policy` must be a policy, got {policy!r}; write Entropy(0.3), say.")
+    with torch.no_grad(), _evaluating(model):
+        hidden = model.start(inputs)
+        walk = Walk(policy, model.num_exits, hidden.shape[0], hidden.device)
+        for exit in range(1, model.num_exits + 1):
+            hidden, logits = model.advance(hidden, exit)
+            stay = walk.visit(logits)
+            if walk.finished:
+                break
+            hidden = _keep(hidden, stay)
+    return walk.decision()
+
+
+@contextmanager
+def _evaluating(model: object) -> Iterator[None]:
+    """Hold every module of ``model`` in evaluation mode, then return each to the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _keep(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Return the named rows of ``tensor``, itself where all are: ``rows`` is ascending, without repeats."""
+    return tensor if rows.numel() == tensor.shape[0] else tensor[rows]

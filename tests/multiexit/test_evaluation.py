@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gradalign.multiexit import MultiExitResNet, data, metrics, policies
+from gradalign.multiexit.evaluation import at_accuracy, at_speed_up, cost_of_exits, exit_logits
+
+
+def logits_and_labels(seed, rows=60, exits=5, classes=3):
+    """Exits that get surer and better with depth."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (rows,), generator=generator)
+    noise = torch.randn(exits, rows, classes, generator=generator)
+    depth = torch.arange(1, exits + 1).view(-1, 1, 1)
+    return noise + 0.9 * depth * torch.nn.functional.one_hot(labels, classes), labels
+
+
+MACS = (10, 20, 30, 40, 50, 45)
+
+
+@pytest.mark.parametrize(
+    "policy", [policies.Budget(1), policies.Entropy(0.0), policies.MaxProbability(1.0), policies.Patience(1)]
+)
+@pytest.mark.parametrize("wanted", [1.5, 2.0])
+def test_at_speed_up_is_the_calibrated_policy_on_test_rows(policy, wanted):
+    held_out, _ = logits_and_labels(0)
+    test, labels = logits_and_labels(1)
+    outcome = at_speed_up(policy, held_out, test, labels, wanted, MACS)
+    assert outcome.policy == policies.calibrate(policy, held_out, wanted)
+    decision = outcome.policy.decide(test)
+    assert outcome.accuracy == pytest.approx(float((decision.labels == labels).float().mean()))
+    assert outcome.speed_up == metrics.speed_up(decision.exits, 5)
+    # The bare network costs 45 a row; a row that left at exit m cost MACS[m - 1].
+    assert outcome.mac_speed_up == pytest.approx(45 * 60 / sum(MACS[exit - 1] for exit in decision.exits.tolist()))
+
+
+def test_at_accuracy_is_the_fastest_setting_that_is_accurate_on_held_out_rows():
+    held_out, test = logits_and_labels(0), logits_and_labels(1)
+    wanted = float((held_out[0][-1].argmax(-1) == held_out[1]).double().mean())
+    outcome = at_accuracy(policies.Entropy(0.0), held_out, test, wanted, MACS)
+    field, values = policies.Entropy(0.0).settings(held_out[0])
+    good = [
+        candidate
+        for value in values
+        if float(
+            ((candidate := replace(policies.Entropy(0.0), **{field: value})).decide(held_out[0]).labels == held_out[1])
+            .double()
+            .mean()
+        )
+        >= wanted
+    ]
+    fastest = max(metrics.speed_up(candidate(held_out[0]), 5) for candidate in good)
+    # Of the many thresholds every few are tried: within a step of the fastest.
+    assert metrics.speed_up(outcome.policy(held_out[0]), 5) == pytest.approx(fastest, rel=0.03)
+    assert outcome.policy in good
+    assert outcome.speed_up > 1
+
+
+def test_an_accuracy_that_no_setting_reaches():
+    held_out, test = logits_and_labels(0), logits_and_labels(1)
+    assert at_accuracy(policies.Patience(1), held_out, test, 1.01, MACS) is None
+
+
+def test_exit_logits_leave_the_mode_and_come_in_the_rows_order():
+    digits = data.load("digits")
+    model = MultiExitResNet(depth=8, in_channels=1, exits=[1]).train()
+    logits, labels = exit_logits(model, digits, digits.test)
+    assert model.training
+    assert logits.shape == (2, 359, 10)
+    assert torch.equal(labels, digits.test.labels)
+    model.eval()
+    with torch.no_grad():
+        expected = model(digits.inputs(digits.test.images[300:310]))
+    torch.testing.assert_close(logits[:, 300:310], expected)
+
+
+def test_cost_of_exits_ends_with_the_bare_network():
+    model = MultiExitResNet(depth=8, exits=[1, 2])
+    costs = cost_of_exits(model, 32)
+    assert len(costs) == 4
+    bare = MultiExitResNet(depth=8, exits=[])
+    assert costs[-1] == metrics.exit_macs(bare, 32)[0]
+    assert costs[2] > costs[-1]

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradalign import NonFiniteError
+from gradalign.multiexit import data, methods, training
+from gradalign.multiexit.runs import Config, Run
+from gradalign.multiexit.training import Interrupted, train
+
+SMALL = Config(depth=8, exits=(1, 2), epochs=2, batch_size=64, learning_rate=0.05)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def trained(folder, digits, **changed):
+    run = Run.create(folder, replace(SMALL, **changed))
+    train(run, digits)
+    return run
+
+
+def same_files(one, two):
+    return all(
+        (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
+        for name in ("model.safetensors", "metrics.jsonl")
+    )
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_learns(method, digits, tmp_path):
+    run = trained(tmp_path / method, digits, method=method, epochs=3)
+    assert max(run.result["test_accuracy"]) > 0.8
+    steps = list(run.metrics("step"))
+    assert len(steps) == run.result["steps"] == 3 * 20
+    assert sum(steps[-1]["losses"].values()) < sum(steps[0]["losses"].values())
+
+
+def test_what_a_step_writes(digits, tmp_path):
+    run = trained(tmp_path / "run", digits, epochs=1)
+    steps = list(run.metrics("step"))
+    assert [step["step"] for step in steps] == list(range(1, 21))
+    step = steps[5]
+    assert step["groups"] == ["ce", "kd"]
+    assert set(step["losses"]) == {"ce", "kd"}
+    assert len(step["accuracy"]) == 3
+    assert len(step["weights"]) == len(step["norms"]) == 2
+    assert step["weights"][1] == 0
+    assert step["cosines"][0][1] == pytest.approx(step["cosines"][1][0])
+    assert step["conflicts"] == ([["ce", "kd"]] if step["cosines"][0][1] < 0 else [])
+    assert step["reversals"] == (step["weights"][0] < 0)
+    # GA-soft, from what the line itself says: w = (1 - alpha) + alpha |kd| cos / |ce|.
+    kd, ce = step["norms"][1], step["norms"][0]
+    assert step["weights"][0] == pytest.approx(0.7 + 0.3 * kd * step["cosines"][0][1] / ce)
+    (epoch,) = run.metrics("epoch")
+    assert epoch["step"] == 20
+    assert epoch["held_out_accuracy"] == run.result["held_out_accuracy"]
+
+
+def test_by_layer_there_are_weights_by_block_and_one_angle(digits, tmp_path):
+    run = trained(tmp_path / "run", digits, epochs=1, granularity="layer")
+    step = next(run.metrics("step"))
+    assert len(step["weights"]) == 3 + 1  # three residual blocks, and stem and heads together
+    assert len(step["cosines"]) == 2
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(digits, tmp_path):
+    one, two = trained(tmp_path / "one", digits), trained(tmp_path / "two", digits)
+    assert same_files(one, two)
+    other = trained(tmp_path / "other", digits, seed=1)
+    assert not same_files(one, other)
+
+
+def test_training_draws_from_no_global_generator(digits, tmp_path):
+    before = torch.get_rng_state()
+    trained(tmp_path / "run", digits, epochs=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", ["gaml-soft", "ml"])
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on_bit_for_bit(method, digits, tmp_path, monkeypatch):
+    whole = trained(tmp_path / "whole", digits, method=method)
+    run = Run.create(tmp_path / "stopped", replace(SMALL, method=method))
+    step = training._Training._step
+
+    def interrupting(self):
+        if self.step in (7, 23):  # within the first epoch and within the second
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(training._Training, "_step", interrupting)
+    handler = signal.getsignal(signal.SIGINT)
+    for done in (8, 24):
+        with pytest.raises(Interrupted, match=f"stopped after step {done}"):
+            train(run, digits)
+        assert not run.finished
+        assert signal.getsignal(signal.SIGINT) is handler
+    train(run, digits)
+    assert same_files(whole, run)
+    assert run.result["test_accuracy"] == whole.result["test_accuracy"]
+    train(run, digits)  # a finished run is left as it is
+    assert same_files(whole, run)
+
+
+COMMAND = [sys.executable, "-m", "gradalign.cli", "train", "--depth", "8", "--exits", "1,2", "--epochs", "4"]
+
+
+def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
+    """SIGKILL, no chance to write anything: the run goes on from its last epoch's checkpoint."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*COMMAND, "--out", "whole"], check=True, cwd=tmp_path, env=environment, capture_output=True)
+    process = subprocess.Popen([*COMMAND, "--out", "killed"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "result.json").exists()
+    # Half a line, as a kill in the middle of a write leaves it.
+    metrics.write_bytes(metrics.read_bytes() + b'{"kind": "st')
+    resume = [sys.executable, "-m", "gradalign.cli", "train", "--resume", "killed"]
+    subprocess.run(resume, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    assert same_files(Run.open(tmp_path / "whole"), Run.open(tmp_path / "killed"))
+
+
+def test_a_loss_that_diverges_is_named_and_the_checkpoint_stands(digits, tmp_path):
+    run = Run.create(tmp_path / "run", replace(SMALL, learning_rate=1e30, method="ml"))
+    with pytest.raises(NonFiniteError, match=r"The gradient of loss group .* must be finite"):
+        train(run, digits)
+    assert not run.finished
+
+
+def test_metrics_are_json_lines(digits, tmp_path):
+    run = trained(tmp_path / "run", digits, epochs=1, method="joint")
+    lines = Path(run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(isinstance(json.loads(line), dict) for line in lines)
+    assert json.loads(lines[0])["conflicts"] == []

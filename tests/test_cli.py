@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gradalign import cli
+
+SMALL = ["--depth", "8", "--exits", "1,2", "--epochs", "1", "--batch-size", "64", "--learning-rate", "0.05"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.main(["train", "--method", "gaml-hard", "--out", str(folder), *SMALL]) == 0
+    return folder
+
+
+def test_train_writes_a_run_and_says_where(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--method", "ml", *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert "ml: test accuracy of the exits" in out
+    assert "20 steps in" in out
+    names = {path.name for path in (tmp_path / "runs" / "ml-seed0").iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "checkpoint.pt", "model.safetensors", "result.json",
+        "depth-accuracy.png", "angles.png", "weights.png",
+    }  # fmt: skip
+
+
+def test_evaluate_judges_exits_and_every_policy(folder, capsys):
+    assert cli.main(["evaluate", str(folder)]) == 0
+    out = capsys.readouterr().out
+    for policy in ("Budget", "Entropy", "MaxProbability", "Patience"):
+        assert out.count(policy) == 2
+    assert out.count("1.5x:") == out.count("2.0x:") == 4
+    accuracies = json.loads((folder / "result.json").read_text())["test_accuracy"]
+    for number, accuracy in enumerate(accuracies, 1):
+        assert f"exit {number:2} after block {number:2}: {accuracy:.3f}" in out
+    assert len(json.loads((folder / "evaluation.json").read_text())["policies"]) == 8
+
+
+def test_plot_draws_again(folder, capsys):
+    (folder / "angles.png").unlink()
+    assert cli.main(["plot", str(folder)]) == 0
+    assert (folder / "angles.png").exists()
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_compare_prints_the_table_twice(tmp_path, capsys):
+    command = ["compare", "--methods", "joint", "gaml-soft", "--seeds", "0", "1", "--out", str(tmp_path), *SMALL]
+    assert cli.main(command) == 0
+    first = capsys.readouterr().out
+    assert "| gaml-soft | 2" in first
+    assert (tmp_path / "comparison.md").read_text() in first
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == first
+    assert cli.main(["plot", str(tmp_path)]) == 0
+
+
+ERRORS = {
+    "no file": (["train", "--data", "nothing.npz"], r"`data` must be 'digits' or the path of an .npz file"),
+    "depth": (["train", "--depth", "9"], "`depth` must be 6n + 2"),
+    "exits": (["train", "--exits", "blocks"], "`exits` must be one of 'block', 'shallow-deep', got 'blocks'"),
+    "alpha": (["train", "--alpha", "3"], "`alpha` must be in [0, 1], got 3.0"),
+    "resume nothing": (["train", "--resume", "nothing"], "`run` must be the folder of a run"),
+    "resume with settings": (
+        ["train", "--resume", "nothing", "--epochs", "20", "--seed", "3"],
+        "`--resume` must come without settings, for the run has its own, got --epochs, --seed",
+    ),
+    "evaluate nothing": (["evaluate", "nothing"], "`run` must be the folder of a run"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_sentence_and_leave_nothing_behind(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = ERRORS[case]
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("gradalign: ")
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_in_the_way_is_left_alone(folder, capsys):
+    before = (folder / "config.json").read_text()
+    assert cli.main(["train", "--out", str(folder)]) == 1
+    assert "continue it with --resume" in capsys.readouterr().err
+    assert (folder / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "--method", "gaml"], ["train", "--epochs", "many"]])
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert "--help" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "gradalign.cli", "train", "--out", "run", *SMALL[:5], "200"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "a checkpoint is written, gradalign train --resume run continues from it" in error
+    assert "Traceback" not in error
