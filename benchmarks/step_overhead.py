@@ -52,6 +52,7 @@ class Steps:
         self.inner = torch.optim.SGD(self.parameters, lr=1e-6, momentum=0.9)
 
     def forward(self) -> dict[str, Tensor]:
+        """Return the losses of a new step."""
         self.inner.zero_grad()
         return self.losses(self.model(self.inputs), self.labels)
 
@@ -115,7 +116,7 @@ def main() -> None:
         "ResNet-56, 7 exits, one group an exit (K = 7)": (one_group_an_exit, "shallow-deep"),
     }
     results: dict[str, object] = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "commit": commit(),
         "batch": batch,

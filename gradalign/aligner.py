@@ -217,6 +217,12 @@ class GradientAligner(WrappedOptimizer):
         }
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
+        known = set(self._own_state())
+        if set(state) != known:
+            raise ValueError(
+                f"`state_dict` must hold {sorted(known)} under 'gradalign', got {sorted(state)};"
+                " drop that key to load the inner optimizer's state alone."
+            )
         if state["rule"] != self._rule.name:
             raise ValueError(
                 f"`state_dict` must come from an aligner with the rule {self._rule.name!r}, got one with"

@@ -78,7 +78,7 @@ def _compare(options: argparse.Namespace) -> int:
         if row.equal is not None:
             print(
                 f"  {row.method} seed {row.seed}: {row.equal.speed_up:.2f}x in layers, {row.equal.mac_speed_up:.2f}x in"
-                f" multiply-accumulates, test accuracy {row.equal.accuracy:.3f} ({row.equal.policy})"
+                f" multiply-accumulates, at test accuracy {row.equal.accuracy:.3f}"
             )
     print("pictures:")
     for path in plot_runs({method: runs_of(options.out)[method] for method in options.methods}, options.out):
@@ -142,6 +142,7 @@ def _config(options: argparse.Namespace, method: str, seed: int) -> Config:
         epochs=options.epochs,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
+        warm_up=options.warm_up,
         weight_decay=options.weight_decay,
         alpha=options.alpha,
         temperature=options.temperature,
@@ -229,7 +230,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exits", type=_exits, default="block", help="block, shallow-deep, or block numbers as 4,8,12")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training images")
     parser.add_argument("--batch-size", type=int, default=128, help="images a step")
-    parser.add_argument("--learning-rate", type=float, default=0.1, help="of SGD with momentum 0.9, at the start")
+    parser.add_argument("--learning-rate", type=float, default=0.1, help="of SGD with momentum 0.9, its largest")
+    parser.add_argument(
+        "--warm-up", type=float, default=0.1, help="share of the steps in which the learning rate grows"
+    )
     parser.add_argument("--weight-decay", type=float, default=1e-4, help="of SGD")
     parser.add_argument("--alpha", type=float, default=methods.Settings.alpha, help="weight of the distillation loss")
     parser.add_argument("--temperature", type=float, default=methods.Settings.temperature, help="of the distillation")

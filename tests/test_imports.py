@@ -24,7 +24,8 @@ model = MultiExitResNet(depth=8, in_channels=1)
 optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "ga-soft")
 logits = model(torch.zeros(2, 1, 8, 8))
 labels = torch.tensor([0, 1])
-optimizer.backward({"ce": objectives.weighted_cross_entropy(logits, labels), "kd": objectives.mutual_distillation(logits)})
+losses = {"ce": objectives.weighted_cross_entropy(logits, labels), "kd": objectives.mutual_distillation(logits)}
+optimizer.backward(losses)
 optimizer.step()
 early_exit(model, torch.zeros(2, 1, 8, 8), policies.Entropy(0.1))
 """

@@ -194,3 +194,12 @@ def test_groups_other_than_the_saved_ones_are_refused_under_a_stateful_rule():
     resumed.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"must keep the loss groups \['first', 'second'\]"):
         resumed.backward({"only": again.losses()["first"]})
+
+
+def test_a_state_with_other_keys_is_refused():
+    _, optimizer = make("sum")
+    state = optimizer.state_dict()
+    with pytest.raises(
+        ValueError, match=r"`state_dict` must hold \['groups', 'rule', .* under 'gradalign', got \['rule'\]"
+    ):
+        optimizer.load_state_dict({**state, "gradalign": {"rule": "sum"}})

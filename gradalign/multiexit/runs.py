@@ -46,7 +46,9 @@ class Config:
         exits: "block", "shallow-deep" or block numbers.
         epochs: Passes over the training images.
         batch_size: Images a step.
-        learning_rate: Of SGD, until 35 % of the steps; a tenth until 60 %, a hundredth until 85 %, a thousandth then.
+        learning_rate: Of SGD, after the warm-up and until 35 % of the steps; a tenth until 60 %, a hundredth until
+            85 %, a thousandth then.
+        warm_up: Share of the steps in which the learning rate grows linearly.
         momentum: Of SGD.
         weight_decay: Of SGD.
         alpha: Weight of the distillation loss.
@@ -63,6 +65,7 @@ class Config:
     epochs: int = 10
     batch_size: int = 128
     learning_rate: float = 0.1
+    warm_up: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
     alpha: float = Settings.alpha
@@ -75,8 +78,10 @@ class Config:
         methods.get(self.method)
         for name in ("depth", "epochs", "batch_size"):
             check_count(name, getattr(self, name))
-        for name, high in (("learning_rate", math.inf), ("momentum", 1.0), ("weight_decay", math.inf), ("alpha", 1.0)):
-            finite_number(name, getattr(self, name), 0.0, high)
+        for name in ("learning_rate", "weight_decay"):
+            finite_number(name, getattr(self, name), low=0.0)
+        for name in ("warm_up", "momentum", "alpha"):
+            finite_number(name, getattr(self, name), 0.0, 1.0)
         if self.reduction not in ("sum", "mean"):
             raise unknown_name("reduction", self.reduction, ["sum", "mean"])
         if self.granularity not in GRANULARITIES:
