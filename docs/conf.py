@@ -43,6 +43,8 @@ nitpick_ignore_regex = [
     # Documented elsewhere: a build must not need the network to look names up.
     (r"py:.*", r"(numpy|torch)(\..*)?"),
     (r"py:.*", rf"({_STANDARD_LIBRARY})\..+"),
+    # A type variable has no page.
+    (r"py:class", r"gradalign\.multiexit\.policies\.PolicyT"),
     # A private base class, which a class's line of bases names.
     (r"py:class", r"gradalign\.(\w+\.)*_[A-Za-z]\w*"),
 ]

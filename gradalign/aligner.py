@@ -180,7 +180,7 @@ class GradientAligner(WrappedOptimizer):
             closure: Evaluates the losses, calls ``backward`` and returns a loss.
 
         Returns:
-            What the inner step returns: the closure's loss.
+            The closure's loss, as the inner step returns it.
 
         Raises:
             RuntimeError: Micro-batches wait for the last ``backward``, the one outside ``accumulate()``.
