@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Elements of a row that are taken at once: K of these in float64 stay in a core's cache.
-_CHUNK = 32768
+# Elements of a row that are taken at once. K pieces of 32768 in float64 stay in a core's cache; an accelerator wants
+# few large pieces, of which K hold 8 MiB each.
+_CPU_CHUNK = 2**15
+_ACCELERATOR_CHUNK = 2**20
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
@@ -40,10 +42,11 @@ def gramian(rows: Sequence[Tensor] | Tensor) -> Tensor:
     first = rows[0]
     dtype = accumulation_dtype(first.device)
     G = torch.zeros(len(rows), len(rows), dtype=dtype, device=first.device)
-    wide = torch.empty(len(rows), min(_CHUNK, first.numel()), dtype=dtype, device=first.device)
-    for start in range(0, first.numel(), _CHUNK):
-        chunk = wide[:, : min(_CHUNK, first.numel() - start)]
+    most = _CPU_CHUNK if first.device.type == "cpu" else _ACCELERATOR_CHUNK
+    wide = torch.empty(len(rows), min(most, first.numel()), dtype=dtype, device=first.device)
+    for start in range(0, first.numel(), most):
+        chunk = wide[:, : min(most, first.numel() - start)]
         for k, row in enumerate(rows):
-            chunk[k].copy_(row[start : start + _CHUNK])
+            chunk[k].copy_(row[start : start + most])
         G.addmm_(chunk, chunk.T)
     return G

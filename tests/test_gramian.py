@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from gradalign.gramian import _CHUNK, gramian
+from gradalign.gramian import _CPU_CHUNK, gramian
 from tests.strategies import gradients
 
 
@@ -19,7 +19,9 @@ def test_equals_the_product_in_float64(J):
     assert_close(G / sizes / sizes[:, None], J @ J.T / sizes / sizes[:, None])
 
 
-@given(K=st.integers(1, 5), P=st.sampled_from([1, 2, 7, _CHUNK - 1, _CHUNK, _CHUNK + 1, 3 * _CHUNK + 5]))
+@given(
+    K=st.integers(1, 5), P=st.sampled_from([1, 2, 7, _CPU_CHUNK - 1, _CPU_CHUNK, _CPU_CHUNK + 1, 3 * _CPU_CHUNK + 5])
+)
 def test_reads_each_element_once_whatever_the_length(K, P):
     # Small integers: every product and sum is exact, so the answer is too.
     J = torch.randint(-8, 9, (K, P), generator=torch.Generator().manual_seed(P)).float()
