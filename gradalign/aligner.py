@@ -14,6 +14,7 @@ from gradalign.arguments import (
     check_choice,
     check_collector,
     check_optimizer,
+    check_parameters,
     check_process_group,
     check_rule,
     check_update_every,
@@ -31,7 +32,7 @@ from gradalign.collectors.stacked import StackedCollector
 from gradalign.errors import GradAlignError, NonFiniteError
 from gradalign.report import AlignmentReport
 from gradalign.rules import Rule
-from gradalign.wrapper import WrappedOptimizer
+from gradalign.wrapper import WrappedOptimizer, step_unless
 
 
 class GradientAligner(WrappedOptimizer):
@@ -47,6 +48,10 @@ class GradientAligner(WrappedOptimizer):
     5. adds the weighted sum to ``p.grad``, as ``loss.backward()`` would, and keeps a ``report``.
 
     Up to step 5 an error leaves parameters, ``p.grad`` and the optimizer's state as they were.
+
+    Of hooks on a parameter, those of ``register_hook`` see each group's gradient, and those of
+    ``register_post_accumulate_grad_hook`` do not run. Under a GradScaler pass ``nonfinite="propagate"``: the scaler has
+    to see an overflow in ``p.grad``.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``. Only its parameters get a gradient.
@@ -146,6 +151,8 @@ class GradientAligner(WrappedOptimizer):
         names = tuple(groups)
         self._check_groups(names)
         collector = self._collector_for(len(names))
+        if self._skip_step and all(p.grad is None for p in collector.layout.parameters):
+            self._skip_step = False  # whoever reset p.grad, say model.zero_grad(), began a new step
         collector.collect(list(groups.items()))
         if not self._accumulating:
             try:
@@ -186,16 +193,18 @@ class GradientAligner(WrappedOptimizer):
             RuntimeError: Micro-batches wait for the last ``backward``, the one outside ``accumulate()``.
         """
         if closure is not None:
-            return self._step_with(closure)
+            return step_unless(self._inner, closure, self._take_skip)
+        return None if self._take_skip() else self._inner.step()
+
+    def _take_skip(self) -> bool:
+        """Return whether this step is to be left out, once; raise where it comes too early."""
         if self._collector is not None and self._collector.pending:
             raise RuntimeError(
                 f"step() must follow a backward outside accumulate(), got {self._collector.pending} micro-batches"
                 " waiting; call backward of the last micro-batch outside accumulate(), or zero_grad() to drop them."
             )
-        if self._skip_step:
-            self._skip_step = False
-            return None
-        return self._inner.step()
+        skip, self._skip_step = self._skip_step, False
+        return skip
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset ``p.grad`` as the inner optimizer does, and drop micro-batches that wait.
@@ -228,9 +237,27 @@ class GradientAligner(WrappedOptimizer):
                 f"`state_dict` must come from an aligner with the rule {self._rule.name!r}, got one with"
                 f" {state['rule']!r}; make the aligner with that rule, or drop the key 'gradalign' to start afresh."
             )
+        groups, skipped = state["groups"], state["skipped_steps"]
+        if not (groups is None or isinstance(groups, list)) or not isinstance(skipped, int):
+            raise ValueError(
+                "`state_dict` must hold under 'gradalign' a list of `groups` or None and a number of `skipped_steps`,"
+                f" got {groups!r} and {skipped!r}."
+            )
         self._rule.load_state_dict(state["rule_state"])
-        self._groups = None if state["groups"] is None else tuple(state["groups"])
-        self.skipped_steps = state["skipped_steps"]
+        self._groups = None if groups is None else tuple(groups)
+        self.skipped_steps = skipped
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the inner optimizer's state and the rule's; micro-batches that wait are dropped.
+
+        Args:
+            state_dict: From ``state_dict()`` of an aligner with the same rule, or of the bare inner optimizer: the rule
+                then stays as it is.
+
+        Raises:
+            ValueError: The state does not fit; nothing is loaded then.
+        """
+        super().load_state_dict(state_dict)
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -276,18 +303,20 @@ class GradientAligner(WrappedOptimizer):
                     "The optimizer's parameters must stay the same while micro-batches wait, but some were added,"
                     " frozen or moved; call zero_grad() and start the accumulation again."
                 )
+            check_parameters(self.param_groups)
             layout = make_layout(self.param_groups, self._scope, self._granularity)
             self._collector = StackedCollector(layout, num_groups, shared_only=self._scope == "shared")
             self._collector_key = key
         return self._collector
 
     def _align(self, collector: StackedCollector, names: tuple[str, ...]) -> None:
+        collector.check_targets()
         gramians, outside = collector.gramians()
         broken = [] if self._nonfinite == "propagate" else _broken_groups(names, gramians, outside)
         if broken and self._nonfinite == "raise":
             raise NonFiniteError(
                 f"The gradient of loss group {', '.join(map(repr, broken))} must be finite, got NaN or infinity;"
-                ' look at that loss, or pass nonfinite="skip" to leave such steps out.',
+                ' look at that loss, or pass nonfinite="skip" to leave such steps out, "propagate" under a GradScaler.',
                 tuple(broken),
             )
         if broken:
@@ -309,34 +338,6 @@ class GradientAligner(WrappedOptimizer):
                 f"The weights of {self._rule!r} must be finite, got {weights.tolist()} from finite gradients."
             )
         return weights
-
-    def _step_with(self, closure: Callable[[], float]) -> float:
-        evaluations = 0
-
-        def evaluate() -> float:
-            nonlocal evaluations
-            evaluations += 1
-            self._skip_step = False
-            loss = closure()
-            if self._skip_step:
-                self._skip_step = False
-                if evaluations > 1:  # the inner step has moved parameters already: it cannot be left out any more
-                    raise GradAlignError(
-                        "A loss group's gradient must stay finite within step(closure), got NaN or infinity at"
-                        f' evaluation {evaluations}; nonfinite="skip" leaves out whole steps only.'
-                    )
-                raise _StepSkipped(loss)
-            return loss
-
-        try:
-            return self._inner.step(evaluate)
-        except _StepSkipped as skipped:
-            return skipped.loss
-
-
-class _StepSkipped(Exception):  # noqa: N818  # no error: it carries the closure's loss out of the inner step
-    def __init__(self, loss: float) -> None:
-        self.loss = loss
 
 
 def _broken_groups(names: tuple[str, ...], gramians: Tensor, outside: Tensor) -> list[str]:

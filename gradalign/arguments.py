@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch.optim import Optimizer
 
@@ -18,7 +21,12 @@ def check_optimizer(optimizer: object) -> None:
             f"`optimizer` must be a torch.optim.Optimizer that is not wrapped yet, got {type(optimizer).__name__};"
             " write GradientAligner(torch.optim.AdamW(model.parameters()), rule)."
         )
-    for group in optimizer.param_groups:
+    check_parameters(optimizer.param_groups)
+
+
+def check_parameters(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise TypeError unless all parameters are real and floating-point."""
+    for group in param_groups:
         for parameter in group["params"]:
             if not parameter.is_floating_point():
                 raise TypeError(

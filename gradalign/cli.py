@@ -38,7 +38,7 @@ def _train(options: argparse.Namespace) -> int:
 
     config = _config(options, options.method, options.seed)
     if options.resume:
-        _check_untouched(config)
+        _check_untouched(config, options.out)
         run = Run.open(options.resume)
         images = data.load(run.config.data)
     else:
@@ -81,7 +81,7 @@ def _compare(options: argparse.Namespace) -> int:
                 f" multiply-accumulates, at test accuracy {row.equal.accuracy:.3f}"
             )
     print("pictures:")
-    for path in plot_runs({method: runs_of(options.out)[method] for method in options.methods}, options.out):
+    for path in plot_runs(runs_of(rows, options.out), options.out):
         print(f"  {path}")
     return 0
 
@@ -120,11 +120,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from gradalign.multiexit.comparison import runs_of
+    from gradalign.multiexit.comparison import runs_in
     from gradalign.multiexit.figures import plot_run, plot_runs
     from gradalign.multiexit.runs import Run
 
-    several = runs_of(options.run)
+    several = runs_in(options.run)
     for path in plot_runs(several, options.run) if several else plot_run(Run.open(options.run)):
         print(path)
     return 0
@@ -151,11 +151,14 @@ def _config(options: argparse.Namespace, method: str, seed: int) -> Config:
     )
 
 
-def _check_untouched(config: Config) -> None:
-    """Raise ValueError if a setting was given together with --resume, where it would do nothing."""
+def _check_untouched(config: Config, out: Path | None) -> None:
+    """Raise ValueError if a setting or a folder was given together with --resume, where it would do nothing."""
     from dataclasses import fields
 
-    given = [f"--{f.name.replace('_', '-')}" for f in fields(config) if getattr(config, f.name) != f.default]
+    untouched = type(config)()
+    names = [f.name for f in fields(config) if getattr(config, f.name) != getattr(untouched, f.name)]
+    given = [f"--{name.replace('_', '-')}" for name in names]
+    given += ["--out"] if out else []
     if given:
         raise ValueError(f"`--resume` must come without settings, for the run has its own, got {', '.join(given)}.")
 
@@ -235,13 +238,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--warm-up", type=float, default=0.1, help="share of the steps in which the learning rate grows"
     )
     parser.add_argument("--weight-decay", type=float, default=1e-4, help="of SGD")
-    parser.add_argument("--alpha", type=float, default=methods.Settings.alpha, help="weight of the distillation loss")
-    parser.add_argument("--temperature", type=float, default=methods.Settings.temperature, help="of the distillation")
+    parser.add_argument("--alpha", type=float, help="weight of the distillation loss; the method's own if left out")
+    parser.add_argument("--temperature", type=float, help="of the distillation; the method's own if left out")
     parser.add_argument(
         "--reduction",
-        default=methods.Settings.reduction,
         choices=("sum", "mean"),
-        help="of the distillation over pairs of exits; sum is the paper's Eq. 3",
+        help="of the distillation over pairs of exits, the method's own if left out; sum is the paper's Eq. 3",
     )
     parser.add_argument(
         "--granularity", default="global", choices=("global", "layer", "tensor"), help="what shares one Gramian"

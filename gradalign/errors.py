@@ -46,6 +46,13 @@ def missing_extra(package: str, extra: str) -> MissingExtraError:
     )
 
 
+def flag(argument: str, value: object) -> bool:
+    """Return ``value``, or raise unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be True or False, got {value!r}.")
+    return value
+
+
 def finite_number(argument: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
     """Return ``value`` as a float, or raise unless it is a finite number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -8,6 +8,8 @@ from typing import Any, cast, overload
 
 from torch.optim import Optimizer
 
+from gradalign.errors import GradAlignError
+
 _STATE_KEY = "gradalign"
 
 
@@ -110,9 +112,9 @@ class WrappedOptimizer(Optimizer):
             changed = before(self, state)
             state = state if changed is None else changed
         own, previous = state.pop(_STATE_KEY, None), self._own_state()
-        if own is not None:
-            self._load_own_state(own)
         try:
+            if own is not None:
+                self._load_own_state(own)
             self._inner.load_state_dict(state)
         except BaseException:
             self._load_own_state(previous)
@@ -125,8 +127,49 @@ class WrappedOptimizer(Optimizer):
         return {}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
-        """Take over what ``_own_state`` returned, or raise ValueError and change nothing."""
+        """Take over what ``_own_state`` returned, or raise ValueError."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; hooks are dropped, as torch drops them."""
         return {"_inner": self._inner}
+
+
+def step_unless(inner: Optimizer, closure: Callable[[], float], vetoed: Callable[[], bool]) -> float:
+    """Take the inner optimizer's step with a closure, unless the closure's first evaluation is vetoed.
+
+    Args:
+        inner: The optimizer.
+        closure: Evaluates the losses, calls backward and returns a loss.
+        vetoed: Asked after each evaluation whether the step is to be left out.
+
+    Returns:
+        The closure's loss, as the inner step returns it; of a step that was left out, its first.
+
+    Raises:
+        GradAlignError: A later evaluation is vetoed: the inner step has moved parameters by then.
+    """
+    evaluations = 0
+    vetoed()  # what an earlier backward asked for does not concern this step: the closure calls its own
+
+    def evaluate() -> float:
+        nonlocal evaluations
+        evaluations += 1
+        loss = closure()
+        if vetoed():
+            if evaluations > 1:
+                raise GradAlignError(
+                    "A loss group's gradient must stay finite within step(closure), got NaN or infinity at"
+                    f' evaluation {evaluations}; nonfinite="skip" leaves out whole steps only.'
+                )
+            raise _LeftOut(loss)
+        return loss
+
+    try:
+        return inner.step(evaluate)
+    except _LeftOut as left_out:
+        return left_out.loss
+
+
+class _LeftOut(Exception):  # noqa: N818 (no error: it carries the closure's loss out of the inner step)
+    def __init__(self, loss: float) -> None:
+        self.loss = loss

@@ -58,6 +58,39 @@ def test_a_micro_batch_may_reach_other_parameters():
         assert actual is None if expected is None else torch.allclose(actual, expected)
 
 
+def test_a_parameter_that_only_an_early_micro_batch_reaches_keeps_its_part():
+    model, optimizer = make("sum")
+    with optimizer.accumulate():
+        optimizer.backward(losses_of(model, slice(0, 3)))
+    optimizer.backward({name: model.trunk.weight.square().sum() for name in ("first", "second")})
+    plain = models.make(models.TwoHeads)
+    sum(losses_of(plain, slice(0, 3)).values()).backward()
+    assert_close(model.second.weight.grad, plain.second.weight.grad)
+
+
+def test_accumulation_can_be_nested():
+    model, optimizer = make("sum")
+    with optimizer.accumulate():
+        with optimizer.accumulate():
+            optimizer.backward(losses_of(model, slice(0, 3)))
+        optimizer.backward(losses_of(model, slice(3, 6)))
+        assert model.trunk.weight.grad is None
+
+
+def test_a_closure_that_leaves_micro_batches_waiting_is_refused():
+    model, optimizer = make("sum")
+
+    def closure():
+        with optimizer.accumulate():
+            optimizer.backward(losses_of(model, slice(0, 3)))
+        return torch.tensor(1.0)
+
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"must follow a backward outside accumulate"):
+        optimizer.step(closure)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_zero_grad_drops_what_waits():
     model, optimizer = make("sum")
     with optimizer.accumulate():

@@ -157,6 +157,35 @@ def test_report_of_a_step():
     assert_close(optimizer.report.weights, GASoft(0.3)(J @ J.T))
 
 
+def test_the_gramian_of_several_precisions_is_the_sum_of_theirs():
+    model = models.make(models.MixedPrecision)
+    raw = models.raw_gradients(model, model.losses())
+    optimizer = aligner(model, "sum")
+    optimizer.backward(model.losses())
+    J = torch.stack(
+        [
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).double().flatten()
+                    for p, g in zip(model.parameters(), raw[k].values(), strict=True)
+                ]
+            )
+            for k in raw
+        ]
+    )
+    assert_close(optimizer.report.gramian, J @ J.T)
+
+
+def test_a_parameter_that_changes_its_shape_gets_a_new_place():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = GradientAligner(torch.optim.SGD([weight], lr=0.1), "sum")
+    optimizer.backward({"a": weight.sum()})
+    weight.grad = None
+    weight.data = torch.ones(5, 2)
+    optimizer.backward({"a": weight.sum()})
+    assert torch.equal(weight.grad, torch.ones(5, 2))
+
+
 def test_report_by_blocks():
     model = models.make(models.TwoHeads)
     optimizer = aligner(model, "pcgrad", granularity=[list(model.trunk.parameters()), list(model.first.parameters())])

@@ -75,6 +75,11 @@ BAD_LOSSES = {
         r"The gradient of loss group 'kd' must be finite",
         lambda m: {"ce": m.losses()["first"], "kd": m.losses()["second"] * torch.inf},
     ),
+    "a complex loss": (
+        TypeError,
+        r"`losses\['kd'\]` must be a real floating-point tensor, got torch.complex64; take .real or .abs\(\)",
+        lambda m: {"kd": m.losses()["first"].to(torch.complex64)},
+    ),
     "sparse gradients": (
         ValueError,
         r"`losses\['kd'\]` must have dense gradients, got a torch.sparse_coo one .* sparse=False",
@@ -172,6 +177,7 @@ BAD_ARGUMENTS = {
         r"`scope` must hold parameters in a list, got Parameter",
         {"scope": nn.Parameter(torch.ones(1))},
     ),
+    "scope with nothing": (ValueError, r"`scope` must hold at least one parameter, got none", {"scope": iter(())}),
     "scope with names": (
         TypeError,
         r"`scope` must hold parameters, got tuple at position 0; pass module.parameters\(\)",
@@ -243,6 +249,31 @@ def test_what_is_no_optimizer():
         GradientAligner(optimizer, "sum")
     with pytest.raises(TypeError, match=r"`optimizer` must hold real floating-point parameters, got torch.complex64"):
         GradientAligner(torch.optim.SGD([torch.zeros(2, dtype=torch.complex64, requires_grad=True)]), "sum")
+
+
+def test_complex_parameters_that_join_later():
+    model, optimizer = make()
+    optimizer.add_param_group({"params": [torch.zeros(2, dtype=torch.complex64, requires_grad=True)]})
+    with pytest.raises(
+        TypeError, match=r"must hold real floating-point parameters, got torch.complex64 of shape \(2,\)"
+    ):
+        optimizer.backward(model.losses())
+    assert torch.equal(model.trunk.weight.grad, torch.ones_like(model.trunk.weight))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "expanded"])
+def test_a_grad_that_cannot_be_added_to(kind):
+    model, optimizer = make("pcgrad")
+    odd = torch.zeros(1).expand(3) if kind == "expanded" else torch.zeros(3).to_sparse()
+    model.first.bias.grad = odd
+    before = optimizer.rule.state_dict()["generator"]
+    with pytest.raises(
+        ValueError, match=r"`p.grad` must be None or a dense tensor with memory of its own, got .* shape \(3,\)"
+    ):
+        optimizer.backward(model.losses())
+    assert torch.equal(model.trunk.weight.grad, torch.ones_like(model.trunk.weight))
+    assert model.first.bias.grad is odd
+    assert torch.equal(optimizer.rule.state_dict()["generator"], before)
 
 
 def test_nothing_to_train():

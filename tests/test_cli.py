@@ -75,6 +75,10 @@ ERRORS = {
         ["train", "--resume", "nothing", "--epochs", "20", "--seed", "3"],
         "`--resume` must come without settings, for the run has its own, got --epochs, --seed",
     ),
+    "resume elsewhere": (
+        ["train", "--resume", "nothing", "--out", "there"],
+        "`--resume` must come without settings, for the run has its own, got --out",
+    ),
     "evaluate nothing": (["evaluate", "nothing"], "`run` must be the folder of a run"),
 }
 

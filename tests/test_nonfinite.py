@@ -89,6 +89,52 @@ def test_zero_grad_forgets_the_skip():
     assert not same(before, parameters(model))
 
 
+def test_a_new_step_begun_by_the_model_forgets_the_skip():
+    model, optimizer = make("skip")
+    optimizer.backward(broken(model))
+    model.zero_grad()
+    optimizer.backward(model.losses())
+    before = parameters(model)
+    optimizer.step()
+    assert not same(before, parameters(model))
+
+
+def test_a_skip_concerns_one_step():
+    model, optimizer = make("skip")
+    optimizer.backward(broken(model))
+    optimizer.step()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = parameters(model)
+    optimizer.step()
+    assert not same(before, parameters(model))
+
+
+def test_a_skip_before_a_closure_does_not_concern_it():
+    model, optimizer = make("skip")
+    optimizer.backward(broken(model))
+    before = parameters(model)
+
+    def closure():
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return torch.tensor(1.0)
+
+    optimizer.step(closure)
+    assert not same(before, parameters(model))
+
+
+def test_an_overflow_under_a_grad_scaler_propagates_to_it():
+    model, optimizer = make("propagate")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = parameters(model)
+    optimizer.backward({name: scaler.scale(loss) for name, loss in broken(model, torch.inf).items()})
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert same(before, parameters(model))
+
+
 def test_skip_within_a_closure_leaves_the_step_out_and_returns_the_loss():
     model, optimizer = make("skip", inner=torch.optim.AdamW)
 

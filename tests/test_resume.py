@@ -161,6 +161,20 @@ def test_a_state_of_another_rule_is_refused_and_nothing_is_loaded():
     assert same_bits(other, models.make(models.TwoHeads))
 
 
+def test_a_state_with_bad_values_leaves_everything_as_it_was():
+    model, optimizer = make("pcgrad")
+    train(model, optimizer, 2)
+    before, report = optimizer.rule.state_dict()["generator"], optimizer.report
+    state = optimizer.state_dict()
+    other = {**state["gradalign"], "rule_state": rules.PCGrad(seed=9).state_dict(), "groups": 3}
+    with pytest.raises(
+        ValueError, match=r"`state_dict` must hold under 'gradalign' a list of `groups` or None .* got 3"
+    ):
+        optimizer.load_state_dict({**state, "gradalign": other})
+    assert torch.equal(optimizer.rule.state_dict()["generator"], before)
+    assert optimizer.report is report
+
+
 def test_a_state_that_does_not_fit_the_inner_optimizer_leaves_the_rule_as_it_was():
     model, optimizer = make("pcgrad")
     train(model, optimizer, 2)

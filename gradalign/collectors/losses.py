@@ -49,6 +49,10 @@ def _check_group(name: str, group: object) -> tuple[Tensor, ...]:
 def _check_term(name: str, term: object) -> None:
     if not isinstance(term, Tensor):
         raise TypeError(f"`losses[{name!r}]` must be a scalar tensor, got {type(term).__name__} {term!r}.")
+    if not term.is_floating_point():
+        raise TypeError(
+            f"`losses[{name!r}]` must be a real floating-point tensor, got {term.dtype}; take .real or .abs()."
+        )
     if term.numel() != 1:
         raise ValueError(
             f"`losses[{name!r}]` must be scalar, got shape {tuple(term.shape)}; reduce it, with .mean() or .sum()."

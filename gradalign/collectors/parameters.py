@@ -100,7 +100,12 @@ def check_scope(scope: object, param_groups: Sequence[Mapping[str, Any]]) -> str
         if scope not in ("all", "shared"):
             raise unknown_name("scope", scope, ["all", "shared"])
         return scope
-    return _known_parameters("scope", scope, param_groups)
+    parameters = _known_parameters("scope", scope, param_groups)
+    if not parameters:
+        raise ValueError(
+            "`scope` must hold at least one parameter, got none; an iterator may have been used up before."
+        )
+    return parameters
 
 
 def check_granularity(

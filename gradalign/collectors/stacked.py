@@ -84,6 +84,22 @@ class StackedCollector:
                 G[block] += gramian([row[start:end] for row in rows]).to(device)
         return G[:-1], G[OUTSIDE]
 
+    def check_targets(self) -> None:
+        """Raise ValueError where ``p.grad`` holds something that a gradient cannot be added to in place."""
+        for i, parameter in enumerate(self.layout.parameters):
+            gradient = parameter.grad
+            if gradient is None or not any(groups[i] for groups in self._reach):
+                continue
+            dense = gradient.layout == torch.strided
+            if not dense or any(
+                step == 0 and size > 1 for step, size in zip(gradient.stride(), gradient.shape, strict=True)
+            ):
+                kind = "an expanded tensor" if dense else gradient.layout
+                raise ValueError(
+                    f"`p.grad` must be None or a dense tensor with memory of its own, got {kind} for a parameter of"
+                    f" shape {tuple(parameter.shape)}; call zero_grad() before backward, or clone() it."
+                )
+
     @torch.no_grad()
     def write(self, weights: Tensor, support: Sequence[int], plain: Sequence[float]) -> None:
         """Add the weighted sum of the rows to ``p.grad`` of every parameter that a group reaches.
@@ -173,7 +189,6 @@ class StackedCollector:
             for i, view in zip(bucket.members, views, strict=True)
             if reached[i]
         ]
-        # The sums first: they alone can fail, and then no p.grad has changed.
         if present := [(p.grad, view) for p, view in parts if p.grad is not None]:
             torch._foreach_add_([gradient for gradient, _ in present], [view for _, view in present])
         for parameter, view in parts:
@@ -187,7 +202,7 @@ def _combine(rows: Sequence[Tensor], weights: Tensor, support: Sequence[int]) ->
     dtype = torch.promote_types(lead.dtype, torch.float32)
     total = lead if dtype == lead.dtype else torch.empty_like(lead, dtype=dtype)
     w = weights.to(lead.device, dtype).unbind()  # 0-dimensional: read on their device, never on the host
-    first, *others = support
+    first, *others = sorted(support)  # the first row is overwritten: it has to be read first
     torch.mul(rows[first].to(dtype), w[first], out=total)
     for k in others:
         total.addcmul_(rows[k].to(dtype), w[k])

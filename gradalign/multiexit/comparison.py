@@ -59,11 +59,14 @@ def compare(
         device: Where to compute.
 
     Raises:
-        ValueError: A run in the folder has another configuration.
+        ValueError: A method or a seed is given twice, or a run in the folder has another configuration.
     """
+    for argument, values in (("methods", methods), ("seeds", seeds)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"`{argument}` must be different from one another, got {', '.join(map(str, values))}.")
     data = images.load(config.data)
     runs = {
-        (method, seed): _prepare(folder / f"{method}-seed{seed}", replace(config, method=method, seed=seed))
+        (method, seed): _prepare(_folder_of(folder, method, seed), replace(config, method=method, seed=seed))
         for seed in seeds
         for method in methods
     }
@@ -79,14 +82,26 @@ def compare(
     return rows
 
 
-def runs_of(folder: Path) -> dict[str, list[Run]]:
-    """Return the finished runs of a comparison's folder, by method."""
+def runs_in(folder: Path) -> dict[str, list[Run]]:
+    """Return all finished runs in a comparison's folder, by method."""
     found: dict[str, list[Run]] = {}
     for path in sorted(folder.glob("*-seed*")):
         run = Run(path)
         if run.exists and run.finished:
             found.setdefault(run.config.method, []).append(run)
     return found
+
+
+def runs_of(rows: Sequence[Row], folder: Path) -> dict[str, list[Run]]:
+    """Return the runs that the rows of a comparison tell of, by method."""
+    runs: dict[str, list[Run]] = {}
+    for row in rows:
+        runs.setdefault(row.method, []).append(Run(_folder_of(folder, row.method, row.seed)))
+    return runs
+
+
+def _folder_of(folder: Path, method: str, seed: int) -> Path:
+    return folder / f"{method}-seed{seed}"
 
 
 def table(rows: Sequence[Row]) -> str:

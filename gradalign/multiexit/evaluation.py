@@ -75,6 +75,8 @@ def at_accuracy(
 ) -> Outcome | None:
     """Return what the fastest setting gives that reaches an accuracy on held-out rows, None where none does.
 
+    Of more than 200 settings 200 are tried, evenly spread from the fastest.
+
     Args:
         policy: Of the wanted kind.
         held_out: Logits (M, N', C) and labels (N',): the setting is chosen on these.
@@ -85,7 +87,7 @@ def at_accuracy(
     logits, labels = held_out
     field, values = policy.settings(logits)
     stride = -(-len(values) // _MOST_SETTINGS)
-    for value in reversed(values[::stride]):  # fastest first
+    for value in values[::-1][::stride]:  # the fastest first
         candidate = replace(policy, **{field: value})
         if _accuracy(candidate.decide(logits).labels, labels) >= wanted:
             return _outcome(candidate, *test, macs)

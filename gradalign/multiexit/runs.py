@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -51,7 +51,7 @@ class Config:
         warm_up: Share of the steps in which the learning rate grows linearly.
         momentum: Of SGD.
         weight_decay: Of SGD.
-        alpha: Weight of the distillation loss.
+        alpha: Weight of the distillation loss; None, here and below, becomes the method's own default.
         temperature: Of the distillation.
         reduction: "sum" or "mean" over pairs of exits.
         granularity: What shares a Gramian: "global", "layer" (a residual block each) or "tensor".
@@ -68,14 +68,20 @@ class Config:
     warm_up: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    alpha: float = Settings.alpha
-    temperature: float = Settings.temperature
-    reduction: Literal["sum", "mean"] = Settings.reduction
+    alpha: float | None = None
+    temperature: float | None = None
+    reduction: Literal["sum", "mean"] | None = None
     granularity: Literal["global", "layer", "tensor"] = "global"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        methods.get(self.method)
+        defaults = methods.get(self.method).defaults
+        for name in ("alpha", "temperature", "reduction"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(defaults, name))
+        self._check()
+
+    def _check(self) -> None:
         for name in ("depth", "epochs", "batch_size"):
             check_count(name, getattr(self, name))
         for name in ("learning_rate", "weight_decay"):
@@ -94,7 +100,10 @@ class Config:
     @property
     def settings(self) -> Settings:
         """What the method takes."""
-        return Settings(self.alpha, self.temperature, self.reduction)
+        return replace(
+            methods.get(self.method).defaults,
+            **{name: getattr(self, name) for name in ("alpha", "temperature", "reduction")},
+        )
 
     def make_model(self, num_classes: int, in_channels: int) -> MultiExitResNet:
         """Return a new network; its weights depend on the seed alone."""

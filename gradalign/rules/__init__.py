@@ -50,7 +50,7 @@ def get(name: str, **hyper_parameters: object) -> Rule:
     >>> get("ga-soft", alpha=0.1)
     GASoft(anchor=0, alpha=0.1, clamp=False)
     """
-    if name not in _TABLE:
+    if not isinstance(name, str) or name not in _TABLE:
         raise unknown_name("rule", name, names())
     rule = _TABLE[name]
     fields = {f.name: f for f in dataclasses.fields(rule) if f.init}  # type: ignore[arg-type]

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from gradalign.errors import unknown_name
 
+_SEEDS = 2**63
+
 
 class Rule(ABC):
     """Map the Gramian of K loss groups to the weights of their gradients.
@@ -172,6 +174,8 @@ class RandomRule(Rule):
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"`seed` must be an integer, got {self.seed!r}.")
+        if not 0 <= self.seed < _SEEDS:
+            raise ValueError(f"`seed` must be in [0, 2**63), got {self.seed}.")
         object.__setattr__(self, "_generator", torch.Generator().manual_seed(self.seed))
 
     def state_dict(self) -> dict[str, Any]:

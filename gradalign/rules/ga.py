@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradalign.errors import finite_number
+from gradalign.errors import finite_number, flag
 from gradalign.rules.base import AnchoredRule
 
 
@@ -82,6 +82,10 @@ class GASoft(_GradientAlignment):
 
     name: ClassVar[str] = "ga-soft"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        flag("clamp", self.clamp)
+
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
         a = self.anchor_index(G.shape[-1], names)
         projections = self._projections(G, a)
@@ -121,6 +125,10 @@ class GAHard(_GradientAlignment):
     full_step: bool = True
 
     name: ClassVar[str] = "ga-hard"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        flag("full_step", self.full_step)
 
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
         a = self.anchor_index(G.shape[-1], names)

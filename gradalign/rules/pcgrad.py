@@ -44,12 +44,12 @@ class PCGrad(RandomRule):
         K = G.shape[-1]
         planes = self._orders(G)
         squares = G.diagonal(dim1=-2, dim2=-1)
-        # The step that removes (Gc)_j is -(Gc)_j / G_jj; a zero gradient gets no step, for it has no plane.
-        inverses = torch.where(squares > 0, squares.where(squares > 0, 1.0).reciprocal(), 0.0)
         C = torch.eye(K, dtype=G.dtype, device=G.device).expand(G.shape).clone()  # row i: group i's c
         for j in planes.unbind(-1):  # (..., K): for each group i the next j
             products = (G.gather(-2, j.unsqueeze(-1).expand_as(G)) * C).sum(-1)  # (Gc)_j, one for each i
-            steps = -products.clamp(max=0) * inverses.gather(-1, j)
+            square = squares.gather(-1, j)
+            # A zero gradient has no plane, and takes nothing away.
+            steps = torch.where(square > 0, -products.clamp(max=0) / square.where(square > 0, 1.0), 0.0)
             C.scatter_add_(-1, j.unsqueeze(-1), steps.unsqueeze(-1))
         return C.sum(-2)
 

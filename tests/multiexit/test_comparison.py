@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 
-from gradalign.multiexit import policies
-from gradalign.multiexit.comparison import Row, compare, runs_of, table
-from gradalign.multiexit.evaluation import Outcome
+from gradalign.multiexit import data, policies
+from gradalign.multiexit.comparison import Row, _row, compare, runs_in, runs_of, table
+from gradalign.multiexit.evaluation import Outcome, at_accuracy, cost_of_exits, exit_logits
 from gradalign.multiexit.figures import plot_run, plot_runs
 from gradalign.multiexit.runs import Config, Run
 
@@ -39,6 +40,46 @@ def test_a_row_says_what_its_run_came_to(compared):
     assert len(json.loads((folder / "comparison.json").read_text())) == 4
 
 
+def test_the_speed_up_is_at_the_first_methods_held_out_accuracy(compared):
+    folder, rows = compared
+    digits = data.load("digits")
+    models = {
+        (row.method, row.seed): Run.open(folder / f"{row.method}-seed{row.seed}").load_model(10, 1) for row in rows
+    }
+    for row in rows:
+        held_out = exit_logits(models["joint", row.seed], digits, digits.held_out)
+        wanted = float((held_out[0][-1].argmax(-1) == held_out[1]).double().mean())
+        model = models[row.method, row.seed]
+        own, test = exit_logits(model, digits, digits.held_out), exit_logits(model, digits, digits.test)
+        expected = at_accuracy(policies.Entropy(0.0), own, test, wanted, cost_of_exits(model, 8))
+        assert row.equal == expected
+        if expected is not None:  # chosen on held-out images, told of test images
+            decision = expected.policy.decide(test[0])
+            assert row.equal.accuracy == pytest.approx(float((decision.labels == test[1]).double().mean()))
+
+
+def test_a_reversed_step_is_one_with_a_weight_below_zero(compared, tmp_path):
+    folder, _ = compared
+    source = Run.open(folder / "gaml-soft-seed0")
+    lines = [json.loads(line) for line in (source.folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[:5]:
+        line["reversals"] = 1
+    for line in lines[5:]:
+        line["reversals"] = 0
+    copy = Run(tmp_path / "copy")
+    shutil.copytree(source.folder, copy.folder)
+    (copy.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    digits = data.load("digits")
+    logits = exit_logits(copy.load_model(10, 1), digits, digits.test)
+    assert _row(copy, logits, logits, 0.0, digits).reversals == 5 / 20
+
+
+@pytest.mark.parametrize(("methods", "seeds"), [(["joint", "joint"], [0]), (["joint"], [1, 1])])
+def test_doubles_are_refused(methods, seeds, tmp_path):
+    with pytest.raises(ValueError, match=r"`(methods|seeds)` must be different from one another, got"):
+        compare(SMALL, methods, seeds, tmp_path)
+
+
 def test_a_second_call_takes_what_is_there(compared):
     folder, rows = compared
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/model.safetensors")}
@@ -56,8 +97,11 @@ def test_another_configuration_is_refused(compared):
 
 
 def test_figures_of_a_comparison_and_of_a_run(compared, tmp_path):
-    folder, _ = compared
-    runs = runs_of(folder)
+    folder, rows = compared
+    runs = runs_of(rows, folder)
+    assert {method: [run.folder for run in of_method] for method, of_method in runs_in(folder).items()} == {
+        method: [run.folder for run in of_method] for method, of_method in runs.items()
+    }
     assert {method: len(of_method) for method, of_method in runs.items()} == {"joint": 2, "gaml-soft": 2}
     files = plot_runs(runs, tmp_path)
     assert [path.name for path in files] == ["depth-accuracy.png", "angles.png", "weights.png"]

@@ -83,6 +83,8 @@ def test_augmentation_is_a_flip_and_a_crop_of_each_padded_image(tmp_path):
     augmented = images.augment(batch, torch.Generator().manual_seed(0))
     assert augmented.shape == batch.shape
     assert augmented.dtype == torch.uint8
+    many = images.augment(images.train.images[:1].expand(900, -1, -1, -1), torch.Generator().manual_seed(1))
+    assert len({image.numpy().tobytes() for image in many}) > 155  # of 2 x 9 x 9 = 162; 8 offsets make 128 at most
     flips, places = set(), set()
     for image, source in zip(augmented, padded, strict=True):
         crops = {(top, left): source[:, top : top + 12, left : left + 12] for top in range(9) for left in range(9)}

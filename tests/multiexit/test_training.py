@@ -9,13 +9,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from gradalign import NonFiniteError
 from gradalign.multiexit import data, methods, training
 from gradalign.multiexit.runs import Config, Run
-from gradalign.multiexit.training import Interrupted, train
+from gradalign.multiexit.training import Interrupted, learning_rate, train
 
 SMALL = Config(depth=8, exits=(1, 2), epochs=2, batch_size=64, learning_rate=0.05)
 
@@ -66,6 +67,38 @@ def test_what_a_step_writes(digits, tmp_path):
     (epoch,) = run.metrics("epoch")
     assert epoch["step"] == 20
     assert epoch["held_out_accuracy"] == run.result["held_out_accuracy"]
+
+
+def test_the_schedule_is_applied(digits, tmp_path, monkeypatch):
+    rates = []
+    step = torch.optim.SGD.step
+
+    def seen(self, *arguments):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", seen)
+    run = trained(tmp_path / "run", digits, epochs=1, warm_up=0.2)
+    assert rates == [learning_rate(0.05, 0.2, k, 20) for k in range(20)]
+    assert rates == [line["learning_rate"] for line in run.metrics("step")]
+
+
+def test_every_step_has_its_own_crops(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0)
+    images = pixels.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(20) % 2
+    np.savez(tmp_path / "images.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    loaded = data.load(str(tmp_path / "images.npz"))
+    states = []
+    augment = data.ImageData.augment
+
+    def seen(self, batch, generator):
+        states.append(generator.get_state().numpy().tobytes())
+        return augment(self, batch, generator)
+
+    monkeypatch.setattr(data.ImageData, "augment", seen)
+    trained(tmp_path / "run", loaded, epochs=3, batch_size=10)
+    assert len(states) == len(set(states)) == 6
 
 
 def test_by_layer_there_are_weights_by_block_and_one_angle(digits, tmp_path):

@@ -102,7 +102,7 @@ def test_aligned_gradient_conflicts_with_no_group_where_declared(name, data):
 
 @ALL
 @given(data=st.data())
-def test_zero_gradients_give_finite_weights_and_change_nothing_else(name, data):
+def test_zero_gradients_give_finite_weights(name, data):
     G = gramian_of(draw_gradients(data, name))
     padded = torch.zeros(len(G) + 1, len(G) + 1, dtype=G.dtype)
     padded[:-1, :-1] = G
@@ -127,8 +127,7 @@ def test_rank_one(name, data):
     lengths = torch.tensor(
         data.draw(st.lists(st.floats(-3, 3), min_size=size, max_size=size), label="g"), dtype=torch.float64
     )
-    w = make(name, size)(lengths.outer(lengths))
-    assert w.isfinite().all()
+    assert make(name, size)(lengths.outer(lengths)).isfinite().all()
 
 
 @ALL

@@ -127,6 +127,13 @@ def test_alpha_outside_the_unit_interval_is_refused(rule, alpha):
         rule(alpha)
 
 
+def test_switches_are_true_or_false():
+    with pytest.raises(TypeError, match=r"`clamp` must be True or False, got 'no'"):
+        GASoft(clamp="no")
+    with pytest.raises(TypeError, match=r"`full_step` must be True or False, got 0"):
+        GAHard(full_step=0)
+
+
 @pytest.mark.parametrize("alpha", ["0.3", None, True])
 def test_alpha_that_is_no_number_is_refused(alpha):
     with pytest.raises(TypeError, match=r"`alpha` must be a number, got"):

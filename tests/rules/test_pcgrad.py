@@ -53,6 +53,13 @@ def test_two_groups_end_in_closed_form(J):
     assert_close(PCGrad()(G), 1 + (-G[0, 1]).clamp(min=0) / G.diagonal())
 
 
+def test_a_tiny_gradient_gets_the_weight_that_the_formula_says():
+    # w_1 = 1 + 1e-155 / 1e-310: 1 / G_11 would be infinite, the quotient is not.
+    G = torch.tensor([[1e-310, -1e-155], [-1e-155, 1.0]], dtype=torch.float64)
+    assert_close(PCGrad()(G), torch.tensor([1e155, 1.0], dtype=torch.float64))
+    assert PCGrad()(torch.tensor([[1e-40, -1e-40], [-1e-40, 4e-40]])).isfinite().all()
+
+
 def test_three_groups_may_still_conflict():
     # True of the paper's algorithm, as the docstring says: a later projection undoes an earlier one.
     J = torch.tensor([[1.0, 0.0], [-0.5, 0.2], [-0.5, -1.5]], dtype=torch.float64)
@@ -74,6 +81,8 @@ def test_equal_seeds_draw_alike_and_the_global_generator_is_left_alone():
 def test_bad_seed_and_bad_state():
     with pytest.raises(TypeError, match=r"`seed` must be an integer, got 1.5"):
         PCGrad(seed=1.5)
+    with pytest.raises(ValueError, match=r"`seed` must be in \[0, 2\*\*63\), got -1"):
+        PCGrad(seed=-1)
     rule = PCGrad()
     with pytest.raises(ValueError, match=r"`state` must hold a generator's state"):
         rule.load_state_dict({"generator": torch.zeros(3, dtype=torch.uint8)})

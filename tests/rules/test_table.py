@@ -17,6 +17,8 @@ def test_an_unknown_name_offers_near_ones():
         rules.get("pc-grad")
     with pytest.raises(ValueError, match=r"got 'GA_soft'; did you mean 'ga-soft'"):
         rules.get("GA_soft")
+    with pytest.raises(ValueError, match=r"`rule` must be one of .*, got \['pcgrad'\]"):
+        rules.get(["pcgrad"])
     with pytest.raises(ValueError, match=r"got 'zzzzzz'\.$"):
         rules.get("zzzzzz")
 
