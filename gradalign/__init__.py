@@ -1,5 +1,7 @@
 """gradalign: gradient surgery in two lines around any torch optimizer."""
 
+from importlib.metadata import version
+
 from gradalign import rules
 from gradalign.aligner import GradientAligner
 from gradalign.errors import GradAlignError, MissingExtraError, NonFiniteError
@@ -11,5 +13,8 @@ __all__ = [
     "GradientAligner",
     "MissingExtraError",
     "NonFiniteError",
+    "__version__",
     "rules",
 ]
+
+__version__ = version("gradalign")

@@ -144,7 +144,8 @@ class GradientAligner(WrappedOptimizer):
             raise NotImplementedError("`probe` must be None: the probed collector is not there yet.")
         if scaler is not None:
             raise NotImplementedError(
-                "`scaler` must be None: scaled losses are not taken apart yet; call backward on unscaled ones."
+                "`scaler` must be None: losses are not unscaled here yet; pass scaler.scale(loss) for each loss, and"
+                ' nonfinite="propagate" to the aligner.'
             )
         check_process_group(self._process_group)
         groups = check_losses(losses)
@@ -315,7 +316,7 @@ class GradientAligner(WrappedOptimizer):
         broken = [] if self._nonfinite == "propagate" else _broken_groups(names, gramians, outside)
         if broken and self._nonfinite == "raise":
             raise NonFiniteError(
-                f"The gradient of loss group {', '.join(map(repr, broken))} must be finite, got NaN or infinity;"
+                f"The gradient of loss group {' and '.join(map(repr, broken))} must be finite, got NaN or infinity;"
                 ' look at that loss, or pass nonfinite="skip" to leave such steps out, "propagate" under a GradScaler.',
                 tuple(broken),
             )

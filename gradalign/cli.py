@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
+from gradalign import __version__
 from gradalign.errors import GradAlignError, MissingExtraError
 from gradalign.multiexit import methods
 
@@ -36,6 +37,7 @@ def _train(options: argparse.Namespace) -> int:
     from gradalign.multiexit.runs import Run
     from gradalign.multiexit.training import Interrupted, train
 
+    device = _device(options)
     config = _config(options, options.method, options.seed)
     if options.resume:
         _check_untouched(config, options.out)
@@ -45,7 +47,7 @@ def _train(options: argparse.Namespace) -> int:
         images = data.load(config.data)
         run = Run.create(options.out or Path("runs") / f"{options.method}-seed{options.seed}", config)
     try:
-        train(run, images, _device(options))
+        train(run, images, device)
     except Interrupted as stop:
         return _say_interrupted(stop.step, f"gradalign train --resume {run.folder}")
     result = run.result
@@ -164,8 +166,15 @@ def _check_untouched(config: Config, out: Path | None) -> None:
 
 
 def _device(options: argparse.Namespace) -> torch.device:
+    """Return the device, or raise ValueError where this machine or this torch has none such."""
     name = options.device
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`device` must be auto, cpu or one that torch has, got {name!r}: {reason}") from error
 
 
 def _say_interrupted(step: int, how: str) -> int:
@@ -184,6 +193,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gradalign", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"gradalign {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     one = commands.add_parser("train", help="train one network", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -227,7 +237,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", default="digits", metavar="digits|PATH.npz", help="images; arrays as CIFAR-10 has them"
+        "--data",
+        default="digits",
+        metavar="digits|PATH.npz",
+        help="images; a file holds x_train, x_test, uint8 (N, H, W, C), and y_train, y_test, integers from 0",
     )
     parser.add_argument("--depth", type=int, default=56, help="layers of the ResNet, 6n + 2")
     parser.add_argument("--exits", type=_exits, default="block", help="block, shallow-deep, or block numbers as 4,8,12")

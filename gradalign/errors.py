@@ -34,7 +34,7 @@ def unknown_name(argument: str, value: object, known: Iterable[str]) -> ValueErr
     ValueError("`rule` must be one of 'ga-soft', 'pcgrad', got 'pc-grad'; did you mean 'pcgrad'?")
     """
     names = list(known)
-    near = difflib.get_close_matches(str(value).lower(), names, n=2, cutoff=0.5)
+    near = difflib.get_close_matches(str(value).lower(), names, n=2, cutoff=0.6)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     return ValueError(f"`{argument}` must be one of {', '.join(map(repr, names))}, got {value!r}{hint}")
 
@@ -58,6 +58,8 @@ def finite_number(argument: str, value: object, low: float = -math.inf, high: fl
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{argument}` must be a number, got {value!r} ({type(value).__name__}).")
     if not math.isfinite(value) or not low <= value <= high:
-        bounds = "finite" if math.isinf(low) and math.isinf(high) else f"in [{low:g}, {high:g}]"
+        bounds = f"in [{low:g}, {high:g}]"
+        if math.isinf(high):
+            bounds = "finite" if math.isinf(low) else f"finite and at least {low:g}"
         raise ValueError(f"`{argument}` must be {bounds}, got {value!r}.")
     return float(value)

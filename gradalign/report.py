@@ -56,7 +56,7 @@ class AlignmentReport:
 
     @cached_property
     def reversals(self) -> int:
-        """Number of weights below zero, over all blocks; such a group's own gradient was followed uphill."""
+        """Number of weights below zero, over all blocks; such a group's gradient entered with its sign turned."""
         return int((self.weights < 0).sum())
 
     def __repr__(self) -> str:

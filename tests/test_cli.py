@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import gradalign
 from gradalign import cli
 
 SMALL = ["--depth", "8", "--exits", "1,2", "--epochs", "1", "--batch-size", "64", "--learning-rate", "0.05"]
@@ -75,6 +76,11 @@ ERRORS = {
         ["train", "--resume", "nothing", "--epochs", "20", "--seed", "3"],
         "`--resume` must come without settings, for the run has its own, got --epochs, --seed",
     ),
+    "device": (
+        ["train", "--device", "cuda:77"],
+        "`device` must be auto, cpu or one that torch has, got 'cuda:77'",
+    ),
+    "no device": (["train", "--device", "gpu"], "`device` must be auto, cpu or one that torch has, got 'gpu'"),
     "resume elsewhere": (
         ["train", "--resume", "nothing", "--out", "there"],
         "`--resume` must come without settings, for the run has its own, got --out",
@@ -93,6 +99,12 @@ def test_errors_are_one_sentence_and_leave_nothing_behind(case, tmp_path, capsys
     assert error.startswith("gradalign: ")
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"gradalign {gradalign.__version__}\n"
 
 
 def test_a_run_in_the_way_is_left_alone(folder, capsys):

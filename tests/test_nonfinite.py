@@ -31,7 +31,7 @@ def same(one, two):
 def test_raise_names_every_broken_group():
     model, optimizer = make("raise")
     losses = model.losses()
-    with pytest.raises(NonFiniteError, match=r"loss group 'a', 'c' must be finite") as caught:
+    with pytest.raises(NonFiniteError, match=r"loss group 'a' and 'c' must be finite") as caught:
         optimizer.backward({"a": losses["first"] * torch.nan, "b": losses["first"], "c": losses["second"] * torch.inf})
     assert caught.value.groups == ("a", "c")
     assert isinstance(caught.value, GradAlignError)

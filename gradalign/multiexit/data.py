@@ -24,6 +24,7 @@ except ImportError as error:
 _HELD_OUT = 0.15  # of the training images
 _TEST_DIGITS = 0.2
 _CROP_PADDING = 4
+_MOST_CHANNELS = 4
 _NAMES = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -154,8 +155,10 @@ def _read(path: Path) -> dict[str, NDArray[np.generic]]:
                 arrays[name] = file[name]
             return arrays
     except (zipfile.BadZipFile, EOFError, ValueError) as error:
-        where = f" at the array {name}" if name else ""
-        raise ValueError(f"`data` must be an .npz file of plain arrays, got {str(path)!r}{where}: {error}") from error
+        where = f" with {name}, which is none" if name else ""
+        raise ValueError(
+            f"`data` must be an .npz file of plain arrays, got {str(path)!r}{where}; write it by numpy.savez."
+        ) from error
 
 
 def _split(arrays: dict[str, NDArray[np.generic]], part: str) -> Split:
@@ -164,27 +167,42 @@ def _split(arrays: dict[str, NDArray[np.generic]], part: str) -> Split:
     images, labels = arrays[name], arrays[label_name]
     if images.dtype != np.uint8:
         raise ValueError(
-            f"`{name}` must hold pixels as uint8, got {images.dtype}; convert by (255 * x).astype('uint8')."
+            f"`{name}` must hold pixels from 0 to 255 as uint8, got {images.dtype}; convert by"
+            " x.round().astype('uint8'), after x = 255 * x where they go from 0 to 1."
         )
     if images.ndim != 4 or images.shape[1] != images.shape[2] or 0 in images.shape:
-        raise ValueError(f"`{name}` must be square images (N, H, W, C), got shape {images.shape}.")
-    if images.shape[3] > 4:
-        raise ValueError(f"`{name}` must be (N, H, W, C) with C <= 4, got shape {images.shape}; is it (N, C, H, W)?")
+        raise ValueError(
+            f"`{name}` must be square images (N, H, W, C), at least one, got shape {images.shape};"
+            " channels that come second go last by x.transpose(0, 2, 3, 1)."
+        )
+    if images.shape[3] > _MOST_CHANNELS:
+        raise ValueError(f"`{name}` must be (N, H, W, C) with C <= {_MOST_CHANNELS}, got shape {images.shape}.")
     if images.shape[1:] != arrays["x_train"].shape[1:]:
         raise ValueError(
             f"`{name}` must have images like those of `x_train`, {arrays['x_train'].shape[1:]}, got {images.shape[1:]}."
         )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"`{label_name}` must hold integers, got {labels.dtype}.")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"`{label_name}` must be ({len(images)},), one label an image, got shape {labels.shape}.")
-    if labels.min() < 0 or labels.max() > arrays["y_train"].max():
-        raise ValueError(
-            f"`{label_name}` must hold labels from 0 to the largest of `y_train`, {arrays['y_train'].max()},"
-            f" got {labels.min()} to {labels.max()}."
-        )
+    labels = _labels(label_name, labels, len(images), int(arrays["y_train"].max()))
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     return Split(pixels, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _labels(name: str, labels: NDArray[np.generic], num_images: int, largest: int) -> NDArray[np.generic]:
+    """Return the labels (N,), or say what is wrong with them."""
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"`{name}` must hold integers, got {labels.dtype}; convert by y.astype('int64').")
+    if labels.shape == (num_images, 1):  # as some packages deliver CIFAR-10
+        labels = labels[:, 0]
+    if labels.shape != (num_images,):
+        raise ValueError(
+            f"`{name}` must be ({num_images},), one label an image, got shape {labels.shape}; one-hot rows become"
+            " labels by y.argmax(1)."
+        )
+    if labels.min() < 0 or labels.max() > largest:
+        raise ValueError(
+            f"`{name}` must hold labels from 0 to the largest of `y_train`, {largest}, got {labels.min()} to"
+            f" {labels.max()}; number the classes from 0."
+        )
+    return labels
 
 
 def _divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:

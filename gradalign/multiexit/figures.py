@@ -99,7 +99,7 @@ def _weights(axis: Axes, runs: Runs) -> None:
     for k, name in enumerate(steps[0]["groups"]):
         weights = [statistics.fmean(block[k] for block in _by_blocks(step["weights"])) for step in steps]
         axis.plot([step["step"] for step in steps], weights, label=name)
-    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axhline(0, color="black", linewidth=0.8, zorder=0)
     axis.set(xlabel="step", ylabel="weight", title=f"{method}, seed {of_method[0].config.seed}")
     axis.legend()
 

@@ -28,7 +28,7 @@ from gradalign.multiexit.objectives import check_count
 from gradalign.multiexit.resnet import MultiExitResNet
 
 try:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 except ImportError as error:
     raise missing_extra("safetensors", "multiexit") from error
 
@@ -148,6 +148,11 @@ class Run:
         """
         run = cls(folder)
         if not run.exists:
+            if several := sorted(path.parent.name for path in run.folder.glob("*/config.json")):
+                raise FileNotFoundError(
+                    f"`run` must be the folder of one run, got {str(folder)!r}, which holds"
+                    f" {', '.join(several)}; name one."
+                )
             raise FileNotFoundError(
                 f"`run` must be the folder of a run, got {str(folder)!r}, which has no config.json;"
                 " `gradalign train --out FOLDER` makes one."
@@ -205,7 +210,7 @@ class Run:
     def save_model(self, model: nn.Module) -> None:
         """Write the weights."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        _replace(self.folder / "model.safetensors", lambda path: save_file(tensors, path))
+        _replace(self.folder / "model.safetensors", lambda path: path.write_bytes(save(tensors)))
 
     def load_model(self, num_classes: int, in_channels: int) -> MultiExitResNet:
         """Return the trained network, in evaluation mode.

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from gradalign import AlignmentReport, GradientAligner
+from gradalign import AlignmentReport, GradientAligner, NonFiniteError
 from gradalign.errors import missing_extra
 from gradalign.multiexit import methods
 from gradalign.multiexit.data import ImageData
@@ -63,7 +63,7 @@ def train(run: Run, data: ImageData, device: torch.device | str = "cpu") -> None
         NonFiniteError: A loss's gradient is not finite; the last checkpoint stands.
     """
     if run.finished:
-        tqdm.write(f"{run.folder}: trained already", file=sys.stderr)
+        tqdm.write(f"{run.folder}: trained already; delete the folder to train again", file=sys.stderr)
         return
     with _Training(run, data, torch.device(device)) as training, _catch_interrupt() as interrupted:
         training.go(interrupted)
@@ -108,7 +108,15 @@ class _Training:
         started = time.monotonic() - self.seconds
         with tqdm(total=self.steps, initial=self.step, desc=title, unit="step", disable=None) as bar:
             while self.step < self.steps:
-                losses = self._step()
+                try:
+                    losses = self._step()
+                except NonFiniteError as error:
+                    raise NonFiniteError(
+                        f"{title} diverged at step {self.step + 1}: the gradient of {' and '.join(error.groups)} must"
+                        " be finite, got NaN or infinity; take a lower learning rate or a longer warm-up, in another"
+                        " folder.",
+                        error.groups,
+                    ) from error
                 self.step += 1
                 self.seconds = time.monotonic() - started
                 bar.update()

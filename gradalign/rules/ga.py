@@ -68,7 +68,8 @@ class GASoft(_GradientAlignment):
 
     Note:
         The paper has one auxiliary, the summed distillation loss; a sum over several is the same formula, for
-        projection is linear. G_aa = 0 (the paper divides by it) counts as projection 0.
+        projection is linear. G_aa = 0 (the paper divides by it) counts as projection 0. A parameter that only an
+        auxiliary reaches gets a zero gradient; the aligner's ``scope="shared"`` leaves such parameters out.
 
     References:
         Zhu et al., GAML-BERT: Improving BERT Early Exiting by Gradient Aligned Mutual Learning, EMNLP 2021,

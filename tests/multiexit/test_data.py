@@ -76,6 +76,11 @@ def test_a_file(tmp_path):
     assert torch.equal(images.test.labels, torch.from_numpy(made["y_test"]))
 
 
+def test_labels_in_a_column_are_taken(tmp_path):
+    images = data.load(save(tmp_path, y_train=np.arange(40).reshape(40, 1) % 4))
+    assert torch.equal(images.train.labels, data.load(save(tmp_path)).train.labels)
+
+
 def test_augmentation_is_a_flip_and_a_crop_of_each_padded_image(tmp_path):
     images = data.load(save(tmp_path))
     batch = images.train.images[:30]
@@ -106,7 +111,10 @@ def test_digits_are_not_augmented():
 
 BAD = {
     "a missing array": ({"y_test": None}, r"`data` must hold the arrays x_train, .*, got .* without y_test"),
-    "float pixels": ({"x_test": np.zeros((8, 12, 12, 3))}, r"`x_test` must hold pixels as uint8, got float64; convert"),
+    "float pixels": (
+        {"x_test": np.zeros((8, 12, 12, 3))},
+        r"`x_test` must hold pixels .* as uint8, got float64; convert",
+    ),
     "flat images": (
         {"x_train": np.zeros((40, 432), np.uint8)},
         r"`x_train` must be square images .* got shape \(40, 432\)",
@@ -157,14 +165,12 @@ def test_no_file_and_other_files(tmp_path):
     with pytest.raises(ValueError, match=r"`data` must be an .npz file of plain arrays, got .*text.npz'"):
         data.load(str(text))
     np.save(tmp_path / "bare.npy", np.zeros(3))
-    with pytest.raises(
-        ValueError, match=r"`data` must be an .npz file of plain arrays, got .*bare.npy': one bare array"
-    ):
+    with pytest.raises(ValueError, match=r"`data` must be an .npz file of plain arrays, got .*bare.npy'; write it"):
         data.load(str(tmp_path / "bare.npy"))
 
 
 def test_pickles_are_not_opened(tmp_path):
-    with pytest.raises(ValueError, match=r"`data` must be an .npz file of plain arrays.*y_test"):
+    with pytest.raises(ValueError, match=r"`data` must be an .npz file of plain arrays.*with y_test, which is none"):
         data.load(save(tmp_path, y_test=np.array([{"a": 1}] * 8, dtype=object)))
 
 

@@ -24,7 +24,7 @@ BAD = {
     "epochs": (0, r"`epochs` must be at least 1, got 0"),
     "batch_size": (-1, r"`batch_size` must be at least 1, got -1"),
     "exits": ("blocks", r"`exits` must be one of 'block', 'shallow-deep', got 'blocks'; did you mean 'block'"),
-    "learning_rate": (-0.1, r"`learning_rate` must be in \[0, inf\], got -0.1"),
+    "learning_rate": (-0.1, r"`learning_rate` must be finite and at least 0, got -0.1"),
     "momentum": (1.5, r"`momentum` must be in \[0, 1\], got 1.5"),
     "alpha": (2.0, r"`alpha` must be in \[0, 1\], got 2.0"),
     "reduction": ("total", r"`reduction` must be one of 'sum', 'mean', got 'total'"),
@@ -58,6 +58,12 @@ def test_a_folder_with_a_run_is_left_as_it_is(tmp_path):
 
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"`run` must be the folder of a run, got .* which has no config.json"):
+        Run.open(tmp_path)
+
+
+def test_a_folder_of_runs(tmp_path):
+    Run.create(tmp_path / "ml-seed0", SMALL)
+    with pytest.raises(FileNotFoundError, match=r"`run` must be the folder of one run, .* holds ml-seed0; name one"):
         Run.open(tmp_path)
 
 
