@@ -49,9 +49,9 @@ class GradientAligner(WrappedOptimizer):
 
     Up to step 5 an error leaves parameters, ``p.grad`` and the optimizer's state as they were.
 
-    Of hooks on a parameter, those of ``register_hook`` see each group's gradient, and those of
-    ``register_post_accumulate_grad_hook`` do not run. Under a GradScaler pass ``nonfinite="propagate"``: the scaler has
-    to see an overflow in ``p.grad``.
+    Of hooks on a parameter, those of ``register_hook`` see each group's gradient, those of
+    ``register_post_accumulate_grad_hook`` run once ``p.grad`` is written. Under a GradScaler pass
+    ``nonfinite="propagate"``: the scaler has to see an overflow in ``p.grad``.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``. Only its parameters get a gradient.
@@ -110,6 +110,7 @@ class GradientAligner(WrappedOptimizer):
         super().__init__(optimizer)
         self.skipped_steps = 0
         self._groups: tuple[str, ...] | None = None
+        self._accumulating = False
         self._forget()
 
     def _forget(self) -> None:
@@ -117,7 +118,6 @@ class GradientAligner(WrappedOptimizer):
         self.report: AlignmentReport | None = None
         self._collector: StackedCollector | None = None
         self._collector_key: tuple[object, ...] = ()
-        self._accumulating = False
         self._skip_step = False
 
     @property
@@ -199,11 +199,8 @@ class GradientAligner(WrappedOptimizer):
 
     def _take_skip(self) -> bool:
         """Return whether this step is to be left out, once; raise where it comes too early."""
-        if self._collector is not None and self._collector.pending:
-            raise RuntimeError(
-                f"step() must follow a backward outside accumulate(), got {self._collector.pending} micro-batches"
-                " waiting; call backward of the last micro-batch outside accumulate(), or zero_grad() to drop them."
-            )
+        if self._collector is not None:
+            self._collector.check_nothing_waits()
         skip, self._skip_step = self._skip_step, False
         return skip
 
@@ -269,6 +266,7 @@ class GradientAligner(WrappedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what ``__getstate__`` returned."""
         super().__setstate__(state)
+        self._accumulating = False
         self._forget()
 
     def __repr__(self) -> str:
@@ -299,7 +297,7 @@ class GradientAligner(WrappedOptimizer):
                     "`optimizer` must hold a parameter that requires a gradient, got none; call requires_grad_()"
                     " on those to be trained."
                 )
-            if self._collector is not None and self._collector.pending:
+            if self._collector is not None and (self._collector.pending or self._collector.spoiled):
                 raise RuntimeError(
                     "The optimizer's parameters must stay the same while micro-batches wait, but some were added,"
                     " frozen or moved; call zero_grad() and start the accumulation again."
@@ -333,8 +331,10 @@ class GradientAligner(WrappedOptimizer):
         )
 
     def _weights(self, gramians: Tensor, names: tuple[str, ...]) -> Tensor:
+        previous = self._rule.state_dict()
         weights = self._rule(gramians, names)
         if self._nonfinite != "propagate" and not bool(weights.isfinite().all()):
+            self._rule.load_state_dict(previous)
             raise GradAlignError(
                 f"The weights of {self._rule!r} must be finite, got {weights.tolist()} from finite gradients."
             )

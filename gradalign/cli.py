@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
+    except KeyboardInterrupt:
+        print("gradalign: stopped", file=sys.stderr)
+        return _INTERRUPTED
     except (GradAlignError, MissingExtraError, ValueError, OSError) as error:
         print(f"gradalign: {error}", file=sys.stderr)
         return 1
@@ -183,7 +186,10 @@ def _say_interrupted(step: int, how: str) -> int:
 
 
 def _exits(text: str) -> str | tuple[int, ...]:
-    return tuple(int(number) for number in text.split(",")) if text[:1].isdigit() else text
+    try:
+        return tuple(int(number) for number in text.split(",")) if text[:1].isdigit() else text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a name or block numbers as 4,8,12, got {text!r}") from error
 
 
 class _Parser(argparse.ArgumentParser):

@@ -91,6 +91,14 @@ def test_a_closure_that_leaves_micro_batches_waiting_is_refused():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_loading_a_state_does_not_end_the_accumulation():
+    model, optimizer = make("sum")
+    with optimizer.accumulate():
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.backward(losses_of(model, slice(0, 3)))
+        assert model.trunk.weight.grad is None
+
+
 def test_zero_grad_drops_what_waits():
     model, optimizer = make("sum")
     with optimizer.accumulate():
@@ -146,6 +154,12 @@ def test_an_error_in_a_micro_batch_spoils_the_sum_until_zero_grad():
             optimizer.backward(spent)
     with pytest.raises(RuntimeError, match=r"earlier micro-batches were lost to an error inside accumulate\(\)"):
         optimizer.backward(losses_of(model, slice(3, 6)))
+    with pytest.raises(RuntimeError, match=r"an error inside accumulate\(\) lost the gradients of the micro-batches"):
+        optimizer.step()
+    model.first.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"must stay the same while micro-batches wait"):
+        optimizer.backward(losses_of(model, slice(3, 6)))
+    model.first.weight.requires_grad_(True)
     optimizer.zero_grad()
     optimizer.backward(losses_of(model, slice(3, 6)))
     assert model.trunk.weight.grad is not None

@@ -266,7 +266,27 @@ def test_a_row_that_was_filled_once_is_empty_again():
     )
 
 
-def test_works_under_no_grad_and_frees_the_graph():
+def test_a_parameter_that_no_group_reaches_any_more_keeps_none():
+    model = models.make(models.TwoHeads)
+    optimizer = aligner(model, "sum")
+    optimizer.backward(model.losses())
+    optimizer.zero_grad()
+    optimizer.backward({"a": model.losses()["first"], "b": model.losses()["first"]})
+    assert model.second.weight.grad is None
+    assert model.first.weight.grad is not None
+
+
+def test_post_accumulate_grad_hooks_run_on_what_is_written():
+    model = models.make(models.TwoHeads)
+    seen = []
+    model.trunk.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    model.unused.register_post_accumulate_grad_hook(lambda p: seen.append(None))
+    aligner(model, "ga-soft").backward(model.losses())
+    (gradient,) = seen
+    assert torch.equal(gradient, model.trunk.weight.grad)
+
+
+def test_works_under_no_grad_and_frees_the_last_graph():
     model = models.make(models.TwoHeads)
     losses = model.losses()
     optimizer = aligner(model, "sum")

@@ -14,6 +14,7 @@ from tests.strategies import gradients
 def test_equals_the_product_in_float64(J):
     G = gramian(J)
     assert G.dtype == torch.float64
+    assert torch.equal(G, G.T)
     # Relative to the norms: an entry of two nearly orthogonal rows is all cancellation.
     sizes = J.norm(dim=1).clamp(min=1e-300)
     assert_close(G / sizes / sizes[:, None], J @ J.T / sizes / sizes[:, None])

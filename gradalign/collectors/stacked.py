@@ -19,7 +19,8 @@ class StackedCollector:
 
     The rows of groups 1 to K-1 are buffers of this collector, made once. The first group's row is made anew for
     each alignment, for the aligned gradient is formed in it and it becomes the memory of ``p.grad``: so a step holds
-    K-1 gradients more than ``loss.backward()``, and a gradient that the user kept from an earlier step never changes.
+    K-1 gradients more than ``loss.backward()``, and one group's more while it is computed and copied. A gradient that
+    the user kept from an earlier step never changes.
 
     Args:
         layout: The parameters, their blocks and places.
@@ -33,7 +34,8 @@ class StackedCollector:
         self.pending = 0
         """Micro-batches whose gradients wait in the rows."""
         self._shared_only = shared_only
-        self._spoiled = False
+        self.spoiled = False
+        """An error lost the gradients of earlier micro-batches; ``discard`` forgets it."""
         self._reach = [[False] * len(layout.parameters) for _ in range(num_groups)]
         self._leads: list[Tensor] = []
         self._lead_views: list[list[Tensor]] = []
@@ -55,7 +57,7 @@ class StackedCollector:
             ValueError: A group reaches no parameter, or its gradient is sparse.
             RuntimeError: The gradients of earlier micro-batches were spoiled by an error.
         """
-        if self._spoiled:
+        if self.spoiled:
             raise RuntimeError(
                 "The gradients of earlier micro-batches were lost to an error inside accumulate();"
                 " call zero_grad() and start the accumulation again."
@@ -68,7 +70,7 @@ class StackedCollector:
         except BaseException:
             waiting = self.pending
             self.discard()
-            self._spoiled = waiting > 0
+            self.spoiled = waiting > 0
             raise
         self.pending += 1
 
@@ -119,10 +121,23 @@ class StackedCollector:
         self._deposit()
         self.discard()
 
+    def check_nothing_waits(self) -> None:
+        """Raise RuntimeError where micro-batches wait, or have been lost: it is too early for a step."""
+        if self.spoiled:
+            raise RuntimeError(
+                "step() must follow a backward, but an error inside accumulate() lost the gradients of the"
+                " micro-batches; call zero_grad() and start the accumulation again."
+            )
+        if self.pending:
+            raise RuntimeError(
+                f"step() must follow a backward outside accumulate(), got {self.pending} micro-batches waiting;"
+                " call backward of the last micro-batch outside accumulate(), or zero_grad() to drop them."
+            )
+
     def discard(self) -> None:
         """Drop the gradients in the rows."""
         self.pending = 0
-        self._spoiled = False
+        self.spoiled = False
         self._leads, self._lead_views = [], []
 
     def _begin(self) -> None:
@@ -194,6 +209,10 @@ class StackedCollector:
         for parameter, view in parts:
             if parameter.grad is None:
                 parameter.grad = view.detach()
+        for parameter, _ in parts:
+            # What register_post_accumulate_grad_hook holds: autograd.grad does not run them, loss.backward() would.
+            for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+                hook(parameter)
 
 
 def _combine(rows: Sequence[Tensor], weights: Tensor, support: Sequence[int]) -> None:

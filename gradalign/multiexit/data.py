@@ -6,6 +6,7 @@ Shapes: N images of H x W pixels in NCHW, uint8; labels (N,), int64.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def _read(path: Path) -> dict[str, NDArray[np.generic]]:
             for name in set(_NAMES) & set(file.files):
                 arrays[name] = file[name]
             return arrays
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
         where = f" with {name}, which is none" if name else ""
         raise ValueError(
             f"`data` must be an .npz file of plain arrays, got {str(path)!r}{where}; write it by numpy.savez."
@@ -217,6 +218,8 @@ def _with_held_out(rest: Split, test: Split, *, augmented: bool) -> ImageData:
     if len(rest) < 2:
         raise ValueError(f"`x_train` must hold at least 2 images, one of them to be held out, got {len(rest)}.")
     num_classes = int(rest.labels.max()) + 1
+    if num_classes == 1:
+        raise ValueError("`y_train` must hold two classes or more, got 0 alone.")
     train, held_out = _divide(rest, _HELD_OUT, seed=1)
     # Counted, not summed over pixels: exact in float64 whatever the number of images.
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in train.images.transpose(0, 1)])

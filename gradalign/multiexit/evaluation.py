@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradalign.multiexit import policies
 from gradalign.multiexit.data import ImageData, Split
-from gradalign.multiexit.inference import Policy
+from gradalign.multiexit.inference import Policy, evaluating
 from gradalign.multiexit.metrics import exit_macs, speed_up
 from gradalign.multiexit.resnet import MultiExitResNet
 
@@ -42,11 +42,9 @@ class Outcome:
 @torch.no_grad()
 def exit_logits(model: MultiExitResNet, data: ImageData, split: Split) -> tuple[Tensor, Tensor]:
     """Return the logits of every exit, (M, N, C), and the labels, (N,), both on the CPU."""
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    parts = [model(data.inputs(images.to(device))).cpu() for images in split.images.split(_BATCH)]
-    model.train(was_training)
+    with evaluating(model):
+        parts = [model(data.inputs(images.to(device))).cpu() for images in split.images.split(_BATCH)]
     return torch.cat(parts, dim=1), split.labels
 
 

@@ -201,7 +201,7 @@ def early_exit(model: MultiExitModel, inputs: Tensor, policy: Policy) -> Decisio
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"`policy` must be a policy, got {policy!r}; write Entropy(0.3), say.")
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         hidden = model.start(inputs)
         walk = Walk(policy, model.num_exits, hidden.shape[0], hidden.device)
         for exit in range(1, model.num_exits + 1):
@@ -214,7 +214,7 @@ def early_exit(model: MultiExitModel, inputs: Tensor, policy: Policy) -> Decisio
 
 
 @contextmanager
-def _evaluating(model: object) -> Iterator[None]:
+def evaluating(model: object) -> Iterator[None]:
     """Hold every module of ``model`` in evaluation mode, then return each to the mode it was in."""
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     for module, _ in modes:

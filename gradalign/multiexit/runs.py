@@ -32,6 +32,7 @@ try:
 except ImportError as error:
     raise missing_extra("safetensors", "multiexit") from error
 
+_SEEDS = 2**63
 GRANULARITIES = ("global", "layer", "tensor")
 
 
@@ -88,6 +89,13 @@ class Config:
             finite_number(name, getattr(self, name), low=0.0)
         for name in ("warm_up", "momentum", "alpha"):
             finite_number(name, getattr(self, name), 0.0, 1.0)
+        if finite_number("temperature", self.temperature) <= 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature!r}.")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        if not 0 <= self.seed < _SEEDS:
+            raise ValueError(f"`seed` must be in [0, 2**63), got {self.seed!r}.")
         if self.reduction not in ("sum", "mean"):
             raise unknown_name("reduction", self.reduction, ["sum", "mean"])
         if self.granularity not in GRANULARITIES:

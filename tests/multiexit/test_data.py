@@ -139,6 +139,10 @@ BAD = {
     ),
     "one-hot labels": ({"y_test": np.zeros((8, 4), np.int64)}, r"`y_test` must be \(8,\), one label an image"),
     "an unknown label": ({"y_test": np.full(8, 9)}, r"`y_test` must hold labels from 0 to the largest of `y_train`, 3"),
+    "one class": (
+        {"y_train": np.zeros(40, int), "y_test": np.zeros(8, int)},
+        r"`y_train` must hold two classes",
+    ),
     "a negative label": ({"y_train": np.full(40, -1)}, r"`y_train` must hold labels from 0"),
     "one image": (
         {"x_train": np.zeros((1, 12, 12, 3), np.uint8), "y_train": np.array([3])},

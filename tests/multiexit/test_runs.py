@@ -27,6 +27,8 @@ BAD = {
     "learning_rate": (-0.1, r"`learning_rate` must be finite and at least 0, got -0.1"),
     "momentum": (1.5, r"`momentum` must be in \[0, 1\], got 1.5"),
     "alpha": (2.0, r"`alpha` must be in \[0, 1\], got 2.0"),
+    "temperature": (0.0, r"`temperature` must be positive, got 0.0"),
+    "seed": (2**70, r"`seed` must be in \[0, 2\*\*63\), got"),
     "reduction": ("total", r"`reduction` must be one of 'sum', 'mean', got 'total'"),
     "granularity": ("block", r"`granularity` must be one of 'global', 'layer', 'tensor', got 'block'"),
 }

@@ -101,6 +101,22 @@ def test_every_step_has_its_own_crops(tmp_path, monkeypatch):
     assert len(states) == len(set(states)) == 6
 
 
+def test_the_optimizer_is_the_configured_one(digits, tmp_path):
+    config = replace(SMALL, momentum=0.5, weight_decay=0.125)
+    with training._Training(Run.create(tmp_path / "run", config), digits, torch.device("cpu")) as made:
+        group = made.optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.5, 0.125)
+
+
+def test_the_result_is_of_the_test_images(digits, tmp_path):
+    run = trained(tmp_path / "run", digits, epochs=1)
+    model = run.load_model(10, 1)
+    with torch.no_grad():
+        answers = model(digits.inputs(digits.test.images)).argmax(-1)
+    expected = (answers == digits.test.labels).float().mean(1)
+    torch.testing.assert_close(torch.tensor(run.result["test_accuracy"]), expected, rtol=0, atol=0.01)  # a row in 359
+
+
 def test_by_layer_there_are_weights_by_block_and_one_angle(digits, tmp_path):
     run = trained(tmp_path / "run", digits, epochs=1, granularity="layer")
     step = next(run.metrics("step"))
