@@ -6,6 +6,8 @@ import difflib
 import math
 from collections.abc import Iterable
 
+_SEEDS = 2**63
+
 
 class GradAlignError(RuntimeError):
     """Base of the errors that numerics cause at run time; misuse is a ValueError or TypeError."""
@@ -44,6 +46,15 @@ def missing_extra(package: str, extra: str) -> MissingExtraError:
     return MissingExtraError(
         f'This needs the package `{package}`, which is not installed; pip install "gradalign[{extra}]" brings it.'
     )
+
+
+def check_seed(value: object) -> int:
+    """Return ``value``, or raise unless it is a seed that every generator takes: an integer in [0, 2**63)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`seed` must be an integer, got {value!r}.")
+    if not 0 <= value < _SEEDS:
+        raise ValueError(f"`seed` must be in [0, 2**63), got {value}; take a small one, say 0.")
+    return value
 
 
 def flag(argument: str, value: object) -> bool:

@@ -88,9 +88,9 @@ class StackedCollector:
 
     def check_targets(self) -> None:
         """Raise ValueError where ``p.grad`` holds something that a gradient cannot be added to in place."""
-        for i, parameter in enumerate(self.layout.parameters):
+        for parameter, reached in zip(self.layout.parameters, self._reached(), strict=True):
             gradient = parameter.grad
-            if gradient is None or not any(groups[i] for groups in self._reach):
+            if gradient is None or not reached:
                 continue
             dense = gradient.layout == torch.strided
             if not dense or any(
@@ -186,6 +186,10 @@ class StackedCollector:
         if not self.pending:
             self._reach[k] = reach
 
+    def _reached(self) -> list[bool]:
+        """Return for each parameter whether a group reaches it."""
+        return [any(groups) for groups in zip(*self._reach, strict=True)]
+
     def _rows(self) -> list[list[Tensor]]:
         return [[lead, *kept] for lead, kept in zip(self._leads, self._kept, strict=True)]
 
@@ -197,7 +201,7 @@ class StackedCollector:
 
     def _deposit(self) -> None:
         """Add the first rows to ``p.grad``; where there is none, their parts become it."""
-        reached = [any(groups) for groups in zip(*self._reach, strict=True)]
+        reached = self._reached()
         parts = [
             (self.layout.parameters[i], view)
             for bucket, views in zip(self.layout.buckets, self._lead_views, strict=True)

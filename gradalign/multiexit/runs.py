@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradalign.errors import finite_number, missing_extra, unknown_name
+from gradalign.errors import check_seed, finite_number, missing_extra, unknown_name
 from gradalign.multiexit import methods
 from gradalign.multiexit.methods import Settings
 from gradalign.multiexit.objectives import check_count
@@ -32,7 +32,6 @@ try:
 except ImportError as error:
     raise missing_extra("safetensors", "multiexit") from error
 
-_SEEDS = 2**63
 GRANULARITIES = ("global", "layer", "tensor")
 
 
@@ -94,8 +93,7 @@ class Config:
         self._check_choices()
 
     def _check_choices(self) -> None:
-        if not 0 <= self.seed < _SEEDS:
-            raise ValueError(f"`seed` must be in [0, 2**63), got {self.seed!r}.")
+        check_seed(self.seed)
         if self.reduction not in ("sum", "mean"):
             raise unknown_name("reduction", self.reduction, ["sum", "mean"])
         if self.granularity not in GRANULARITIES:

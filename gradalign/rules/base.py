@@ -13,9 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradalign.errors import unknown_name
-
-_SEEDS = 2**63
+from gradalign.errors import check_seed, unknown_name
 
 
 class Rule(ABC):
@@ -172,11 +170,7 @@ class RandomRule(Rule):
     _generator: torch.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"`seed` must be an integer, got {self.seed!r}.")
-        if not 0 <= self.seed < _SEEDS:
-            raise ValueError(f"`seed` must be in [0, 2**63), got {self.seed}.")
-        object.__setattr__(self, "_generator", torch.Generator().manual_seed(self.seed))
+        object.__setattr__(self, "_generator", torch.Generator().manual_seed(check_seed(self.seed)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the generator's state: ``{"generator": uint8 tensor}``."""
