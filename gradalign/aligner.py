@@ -19,7 +19,7 @@ from gradalign.arguments import (
     check_rule,
     check_update_every,
 )
-from gradalign.collectors.losses import Losses, check_losses
+from gradalign.collectors.losses import Losses, broken_groups, check_losses
 from gradalign.collectors.parameters import (
     Granularity,
     Scope,
@@ -31,7 +31,7 @@ from gradalign.collectors.parameters import (
 from gradalign.collectors.stacked import StackedCollector
 from gradalign.errors import GradAlignError, NonFiniteError
 from gradalign.report import AlignmentReport
-from gradalign.rules import Rule
+from gradalign.rules import RowRule, Rule
 from gradalign.wrapper import WrappedOptimizer, step_unless
 
 
@@ -88,7 +88,7 @@ class GradientAligner(WrappedOptimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        rule: Rule | str,
+        rule: Rule | RowRule | str,
         *,
         scope: Scope = "all",
         granularity: Granularity = "global",
@@ -121,7 +121,7 @@ class GradientAligner(WrappedOptimizer):
         self._skip_step = False
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> Rule | RowRule:
         """The rule."""
         return self._rule
 
@@ -311,37 +311,38 @@ class GradientAligner(WrappedOptimizer):
     def _align(self, collector: StackedCollector, names: tuple[str, ...]) -> None:
         collector.check_targets()
         gramians, outside = collector.gramians()
-        broken = [] if self._nonfinite == "propagate" else _broken_groups(names, gramians, outside)
+        broken = [] if self._nonfinite == "propagate" else broken_groups(names, gramians, outside)
         if broken and self._nonfinite == "raise":
             raise NonFiniteError(
                 f"The gradient of loss group {' and '.join(map(repr, broken))} must be finite, got NaN or infinity;"
                 ' look at that loss, or pass nonfinite="skip" to leave such steps out, "propagate" under a GradScaler.',
                 tuple(broken),
             )
+        weights: Tensor | None = torch.full_like(gramians[..., 0], torch.nan)
         if broken:
-            weights = torch.full_like(gramians[..., 0], torch.nan)
             self._skip_step = True
             self.skipped_steps += 1
         else:
-            weights = self._weights(gramians, names)
-            collector.write(weights, self._rule.support(names), self._rule.plain_weights(names))
-        single = self._granularity == "global"
-        self.report = AlignmentReport(
-            names, gramians[0] if single else gramians, weights[0] if single else weights, skipped=bool(broken)
-        )
+            weights = self._write(collector, gramians, names)
+        if self._granularity == "global":
+            gramians, weights = gramians[0], None if weights is None else weights[0]
+        self.report = AlignmentReport(names, gramians, weights, skipped=bool(broken))
 
-    def _weights(self, gramians: Tensor, names: tuple[str, ...]) -> Tensor:
-        previous = self._rule.state_dict()
-        weights = self._rule(gramians, names)
-        if self._nonfinite != "propagate" and not bool(weights.isfinite().all()):
-            self._rule.load_state_dict(previous)
-            raise GradAlignError(
-                f"The weights of {self._rule!r} must be finite, got {weights.tolist()} from finite gradients."
+    def _write(self, collector: StackedCollector, gramians: Tensor, names: tuple[str, ...]) -> Tensor | None:
+        """Add the aligned gradient to ``p.grad``; return the weights, None where the rule has none."""
+        rule, plain, previous = self._rule, self._rule.plain_weights(names), self._rule.state_dict()
+        if isinstance(rule, RowRule):
+            collector.write_rows(
+                lambda block, rows: self._finite("aligned gradient", rule(rows, names, block=block), previous), plain
             )
+            return None
+        weights = self._finite("weights", rule(gramians, names), previous)
+        collector.write(weights, rule.support(names), plain)
         return weights
 
-
-def _broken_groups(names: tuple[str, ...], gramians: Tensor, outside: Tensor) -> list[str]:
-    """Return the names of the groups whose squared norm, in or outside the scope, is not finite."""
-    squares = torch.cat([gramians, outside.unsqueeze(0)]).diagonal(dim1=-2, dim2=-1)
-    return [name for name, fine in zip(names, squares.isfinite().all(0).tolist(), strict=True) if not fine]
+    def _finite(self, what: str, made: Tensor, previous: dict[str, Any]) -> Tensor:
+        """Return what the rule made, or take its state back and raise where that is not finite."""
+        if self._nonfinite != "propagate" and not bool(made.isfinite().all()):
+            self._rule.load_state_dict(previous)
+            raise GradAlignError(f"The {what} of {self._rule!r} must be finite, got {made} from finite gradients.")
+        return made

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from gradalign import rules
 from gradalign.errors import unknown_name
-from gradalign.rules import Rule
+from gradalign.rules import RowRule, Rule
 from gradalign.wrapper import WrappedOptimizer
 
 
@@ -35,17 +35,16 @@ def check_parameters(param_groups: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def check_rule(rule: object) -> Rule:
+def check_rule(rule: object) -> Rule | RowRule:
     """Return the rule, made by its name where that is given."""
-    if isinstance(rule, str):
-        return rules.get(rule)
-    if not isinstance(rule, Rule):
-        kind = f"the class {rule.__name__}" if isinstance(rule, type) else type(rule).__name__
+    made = rules.get(rule) if isinstance(rule, str) else rule
+    if not isinstance(made, Rule | RowRule):
+        kind = f"the class {made.__name__}" if isinstance(made, type) else type(made).__name__
         raise TypeError(
-            f"`rule` must be a Rule or the name of one ({', '.join(rules.names())}), got {kind};"
+            f"`rule` must be a Rule, a RowRule, or the name of one, see gradalign.rules.names(), got {kind};"
             " write GASoft(alpha=0.3), say."
         )
-    return rule
+    return made
 
 
 def check_choice(argument: str, value: object, known: tuple[str, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _SEEDS = 2**63
 
@@ -74,3 +74,23 @@ def finite_number(argument: str, value: object, low: float = -math.inf, high: fl
             bounds = "finite" if math.isinf(low) else f"finite and at least {low:g}"
         raise ValueError(f"`{argument}` must be {bounds}, got {value!r}.")
     return float(value)
+
+
+def finite_numbers(argument: str, value: object, low: float = -math.inf) -> tuple[float, ...]:
+    """Return ``value``, which may be a tensor, as a tuple of floats, or raise unless it holds finite numbers >= low."""
+    listed = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(listed, str) or not isinstance(listed, Sequence):
+        raise TypeError(f"`{argument}` must be a sequence of numbers, got {value!r}; write [0.7, 0.3].")
+    numbers = tuple(finite_number(f"{argument}[{k}]", number, low) for k, number in enumerate(listed))
+    if not numbers:
+        raise ValueError(f"`{argument}` must hold one number for each loss group, got none.")
+    return numbers
+
+
+def positive_integer(argument: str, value: object, low: int = 1) -> int:
+    """Return ``value``, or raise unless it is an integer of at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{argument}` must be an integer, got {value!r}.")
+    if value < low:
+        raise ValueError(f"`{argument}` must be at least {low}, got {value}.")
+    return value

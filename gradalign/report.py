@@ -19,13 +19,14 @@ class AlignmentReport:
     Attributes:
         names: The K loss groups' names, in the order of the losses.
         gramian: (K, K) or (blocks, K, K), squared gradient norm, over the parameters of the scope.
-        weights: (K,) or (blocks, K), dimensionless; NaN where the step was skipped.
+        weights: (K,) or (blocks, K), dimensionless; NaN where the step was skipped; None where the rule is no function
+            of the Gramian and the aligned gradient no weighted sum.
         skipped: The step is left out, for a loss group was not finite (``nonfinite="skip"``).
     """
 
     names: tuple[str, ...]
     gramian: Tensor
-    weights: Tensor
+    weights: Tensor | None
     skipped: bool = False
 
     @cached_property
@@ -57,11 +58,16 @@ class AlignmentReport:
     @cached_property
     def reversals(self) -> int:
         """Number of weights below zero, over all blocks; such a group's gradient entered with its sign turned."""
-        return int((self.weights < 0).sum())
+        return 0 if self.weights is None else int((self.weights < 0).sum())
 
     def __repr__(self) -> str:
         pairs = ", ".join(" x ".join(pair) for pair in self.conflicts) or "none"
-        weights = [[round(w, 4) for w in block] for block in self.weights.reshape(-1, len(self.names)).tolist()]
-        shown = weights[0] if self.weights.ndim == 1 else f"{len(weights)} blocks"
         skipped = ", skipped" if self.skipped else ""
-        return f"AlignmentReport({', '.join(self.names)}: weights {shown}, conflicts {pairs}{skipped})"
+        return f"AlignmentReport({', '.join(self.names)}: weights {self._shown()}, conflicts {pairs}{skipped})"
+
+    def _shown(self) -> str:
+        if self.weights is None:
+            return "none"
+        if self.weights.ndim > 1:
+            return f"{len(self.weights)} blocks"
+        return str([round(weight, 4) for weight in self.weights.tolist()])

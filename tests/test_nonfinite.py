@@ -44,9 +44,16 @@ def test_raise_sees_parameters_outside_the_scope():
         optimizer.backward(broken(model))
 
 
-@pytest.mark.parametrize("rule", rules.names())
+MADE = {
+    "constant": rules.Constant([1, 1]),
+    "momentum-weights": rules.MomentumWeights("pcgrad"),
+    "trimmed-mean": rules.TrimmedMean(trim=0),
+}
+
+
+@pytest.mark.parametrize("rule", [name for name in rules.names() if name != "krum"])  # which needs three groups
 def test_no_rule_hides_a_broken_group(rule):
-    model, optimizer = make("raise", rules.Constant([1, 1]) if rule == "constant" else rule)
+    model, optimizer = make("raise", MADE.get(rule, rule))
     with pytest.raises(NonFiniteError, match="'second'"):
         optimizer.backward(broken(model))
 

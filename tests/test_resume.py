@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -14,13 +15,15 @@ import torch
 from gradalign import GradientAligner, rules
 from tests import models
 
-RULES = {
-    "sum": rules.Sum(),
-    "mean": rules.Mean(),
-    "constant": rules.Constant([0.7, 0.3]),
-    "ga-soft": rules.GASoft(0.3, anchor="second"),
-    "ga-hard": rules.GAHard(0.3),
-    "pcgrad": rules.PCGrad(seed=5),
+# Hyper-parameters other than the defaults: those a rule cannot do without, and those that make it remember more.
+HYPER_PARAMETERS = {
+    "constant": {"weights": [0.7, 0.3, 0.2]},
+    "ga-soft": {"anchor": "second"},
+    "momentum-weights": {"rule": "gradvac"},
+    "nash-mtl": {"update_every": 2},
+    "olaux": {"horizon": 2, "rate": 0.1},
+    "pcgrad": {"seed": 5},
+    "sdmgrad": {"iterations": 3, "lr": 0.1},
 }
 
 
@@ -49,9 +52,9 @@ class AverageWeights(rules.Rule):
         self.memory[:] = state["memory"]
 
 
-def make(rule):
+def make(rule, **options):
     model = models.make(models.TwoHeads)
-    return model, GradientAligner(torch.optim.AdamW(model.parameters(), lr=0.01), rule)
+    return model, GradientAligner(torch.optim.AdamW(model.parameters(), lr=0.01), rule, **options)
 
 
 def three_losses(model):
@@ -80,29 +83,59 @@ def same_bits(one, two):
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("rule", [*RULES, "average-weights"])
-def test_same_bits_in_a_fresh_object(rule, tmp_path):
-    def fresh():
-        return AverageWeights() if rule == "average-weights" else rules.get(rule, **vars_of(RULES[rule]))
+def fresh_rule(name):
+    return AverageWeights() if name == "average-weights" else rules.get(name, **HYPER_PARAMETERS.get(name, {}))
 
-    losses = three_losses if rule == "pcgrad" else models.TwoHeads.losses  # with three groups the draws matter
-    model, optimizer = make(fresh())
-    train(model, optimizer, 3, losses)
+
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [*itertools.product(rules.names(), ["global", "tensor"]), ("average-weights", "global")],
+)
+def test_same_bits_in_a_fresh_object(name, granularity, tmp_path):
+    model, optimizer = make(fresh_rule(name), granularity=granularity)
+    train(model, optimizer, 3, three_losses)
     save(tmp_path / "run.pt", model, optimizer)
-    train(model, optimizer, 4, losses)
+    train(model, optimizer, 4, three_losses)
 
-    again, resumed = make(fresh())
+    again, resumed = make(fresh_rule(name), granularity=granularity)
     load(tmp_path / "run.pt", again, resumed)
-    train(again, resumed, 4, losses)
+    train(again, resumed, 4, three_losses)
     assert same_bits(model, again)
 
 
-def vars_of(rule):
-    return {key: value for key, value in vars(rule).items() if not key.startswith("_")}
+REMEMBERING = [name for name in rules.names() if fresh_rule(name).state_dict()]
 
 
-def test_every_rule_in_the_table_is_resumed():
-    assert sorted(RULES) == rules.names()
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_the_state_is_what_makes_the_bits_the_same(name, tmp_path):
+    model, optimizer = make(fresh_rule(name))
+    train(model, optimizer, 3, three_losses)
+    save(tmp_path / "run.pt", model, optimizer)
+    train(model, optimizer, 4, three_losses)
+
+    again, resumed = make(fresh_rule(name))
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    again.load_state_dict(saved["model"])
+    del saved["optimizer"]["gradalign"]
+    resumed.load_state_dict(saved["optimizer"])
+    train(again, resumed, 4, three_losses)
+    assert not same_bits(model, again)
+
+
+@pytest.mark.parametrize("name", [name for name in REMEMBERING if fresh_rule(name).stateful])
+def test_a_state_for_other_groups_is_refused_with_both_named(name):
+    model, optimizer = make(fresh_rule(name))
+    train(model, optimizer, 1, three_losses)
+    renamed, other = make(fresh_rule(name))
+    other.backward({key.upper(): loss for key, loss in three_losses(renamed).items()})
+    both = r"\('FIRST', 'SECOND', 'THIRD'\), got 3 \('first', 'second', 'third'\)"
+    with pytest.raises(ValueError, match=r"groups of `state` must be those that .* remembers, 3 groups " + both):
+        other.load_state_dict(optimizer.state_dict())
+    _, fresh = make(fresh_rule(name))
+    fresh.load_state_dict(optimizer.state_dict())
+    both = r"\('first', 'second', 'third'\), got 2 \('first', 'second'\)"
+    with pytest.raises(ValueError, match=r"groups must be those that .* remembers, 3 groups " + both):
+        fresh.backward(model.losses())
 
 
 SECOND_PROCESS = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 Losses = Mapping[str, Tensor | Sequence[Tensor]]
@@ -62,3 +63,15 @@ def _check_term(name: str, term: object) -> None:
             f"`losses[{name!r}]` must have a graph to differentiate, got a loss that requires no gradient; compute it"
             " from the parameters without detach() or torch.no_grad(), or leave the group out."
         )
+
+
+def broken_groups(names: Sequence[str], gramians: Tensor, outside: Tensor) -> list[str]:
+    """Return the names of the groups whose squared norm, in or outside the scope, is not finite.
+
+    Args:
+        names: K names.
+        gramians: (B, K, K), of the blocks.
+        outside: (K, K), of the parameters outside the scope.
+    """
+    squares = torch.cat([gramians, outside.unsqueeze(0)]).diagonal(dim1=-2, dim2=-1)
+    return [name for name, fine in zip(names, squares.isfinite().all(0).tolist(), strict=True) if not fine]

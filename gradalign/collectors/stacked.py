@@ -5,7 +5,7 @@ Shapes: K groups, P elements of a bucket's row, B blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -121,6 +121,32 @@ class StackedCollector:
         self._deposit()
         self.discard()
 
+    @torch.no_grad()
+    def write_rows(self, align: Callable[[int, list[Tensor]], Tensor], plain: Sequence[float]) -> None:
+        """Add to ``p.grad`` what a function of the rows themselves makes of them, block by block.
+
+        Args:
+            align: Maps a block's number and its K rows (P,) to the aligned gradient (P,). It must not change them.
+            plain: K numbers, the weights outside the scope.
+        """
+        blocks = self._blocks()
+        parts: dict[int, list[list[Tensor]]] = {}  # for each block its runs, each with K pieces of rows
+        for bucket, rows in zip(self.layout.buckets, self._rows(), strict=True):
+            for start, end, block in self.layout.runs(bucket, blocks):
+                parts.setdefault(block, []).append([row[start:end] for row in rows])
+        for block, runs in parts.items():
+            if block == OUTSIDE:
+                for rows in runs:
+                    _combine(rows, torch.stack([rows[0].new_full((), weight) for weight in plain]), range(len(rows)))
+                continue
+            aligned = align(block, [_joined(pieces) for pieces in zip(*runs, strict=True)])
+            start = 0
+            for lead, *_ in runs:
+                lead.copy_(aligned[start : start + lead.numel()])
+                start += lead.numel()
+        self._deposit()
+        self.discard()
+
     def check_nothing_waits(self) -> None:
         """Raise RuntimeError where micro-batches wait, or have been lost: it is too early for a step."""
         if self.spoiled:
@@ -231,3 +257,13 @@ def _combine(rows: Sequence[Tensor], weights: Tensor, support: Sequence[int]) ->
         total.addcmul_(rows[k].to(dtype), w[k])
     if total is not lead:
         lead.copy_(total)
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Return the pieces of one row as one tensor, in the widest of their dtypes, on the first one's device."""
+    if len(pieces) == 1:
+        return pieces[0]
+    dtype = pieces[0].dtype
+    for piece in pieces:
+        dtype = torch.promote_types(dtype, piece.dtype)
+    return torch.cat([piece.to(pieces[0].device, dtype) for piece in pieces])

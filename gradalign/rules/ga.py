@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradalign.errors import finite_number, flag
-from gradalign.rules.base import AnchoredRule
+from gradalign.rules.kinds import AnchoredRule
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,16 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from gradalign.errors import finite_number
-from gradalign.rules.base import Rule
-
-
-def _fixed(weights: Sequence[float], G: Tensor) -> Tensor:
-    """Return the weights (K,) once for each block of G (..., K, K), filled on the device: no copy from the host."""
-    return torch.stack([G.new_full(G.shape[:-2], weight) for weight in weights], -1)
+from gradalign.errors import finite_numbers
+from gradalign.rules.base import Rule, listed
+from gradalign.rules.kinds import fixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +28,7 @@ class Sum(Rule):
     name: ClassVar[str] = "sum"
 
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
-        return _fixed((1.0,) * G.shape[-1], G)
+        return fixed((1.0,) * G.shape[-1], G)
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return ones."""
@@ -55,7 +50,7 @@ class Mean(Rule):
     name: ClassVar[str] = "mean"
 
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
-        return _fixed((1 / G.shape[-1],) * G.shape[-1], G)
+        return fixed((1 / G.shape[-1],) * G.shape[-1], G)
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return 1/K for each group."""
@@ -85,17 +80,11 @@ class Constant(Rule):
     equivariant: ClassVar[bool] = False  # the weights belong to positions
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights, Tensor):
-            object.__setattr__(self, "weights", self.weights.tolist())
-        if isinstance(self.weights, str) or not isinstance(self.weights, Sequence):
-            raise TypeError(f"`weights` must be a sequence of numbers, got {self.weights!r}; write [0.7, 0.3].")
-        weights = tuple(finite_number(f"weights[{k}]", w) for k, w in enumerate(self.weights))
-        if not weights:
-            raise ValueError("`weights` must hold one number for each loss group, got none.")
-        object.__setattr__(self, "weights", weights)
+        super().__post_init__()
+        object.__setattr__(self, "weights", finite_numbers("weights", self.weights))
 
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
-        return _fixed(self.weights, G)
+        return fixed(self.weights, G)
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return the weights given."""
@@ -104,8 +93,7 @@ class Constant(Rule):
     def check_groups(self, num_groups: int, names: Sequence[str] | None) -> None:
         """Raise ValueError unless there is one weight for each group."""
         if num_groups != len(self.weights):
-            groups = f" ({', '.join(map(repr, names))})" if names else ""
             raise ValueError(
-                f"`weights` must hold one number for each of the {num_groups} loss groups{groups},"
+                f"`weights` must hold one number for each of the {num_groups} loss groups{listed(names)},"
                 f" got {len(self.weights)}."
             )

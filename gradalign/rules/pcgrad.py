@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradalign.rules.base import RandomRule
+from gradalign.rules.kinds import RandomRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +52,6 @@ class PCGrad(RandomRule):
             steps = torch.where(square > 0, -products.clamp(max=0) / square.where(square > 0, 1.0), 0.0)
             C.scatter_add_(-1, j.unsqueeze(-1), steps.unsqueeze(-1))
         return C.sum(-2)
-
-    def _orders(self, G: Tensor) -> Tensor:
-        """Return (..., K, K - 1): for each block and group i, the other groups in random order."""
-        keys = torch.rand(G.shape, generator=self._generator, dtype=torch.float64)
-        keys.diagonal(dim1=-2, dim2=-1).fill_(2.0)  # above every draw: i itself sorts last, and is cut off
-        return keys.argsort(-1)[..., :-1].to(G.device, non_blocking=True)
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return ones: without conflict PCGrad is the sum."""

@@ -4,8 +4,29 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gradalign.rules import Constant, Mean, Sum
+from tests.oracles.cases_others import assert_agrees
+from tests.oracles.linear import gradient_mean, gradient_sum, weighted_sum
+from tests.strategies import SCALES, gradients, gramian_of
+
+
+@given(J=gradients(), scale=SCALES, data=st.data())
+def test_agree_with_sums_of_raw_gradients(J, scale, data):
+    J = J * scale
+    G = gramian_of(J)
+    weights = data.draw(st.lists(st.floats(-10, 10), min_size=len(J), max_size=len(J)), label="weights")
+    assert_agrees(J, Sum()(G), gradient_sum(J))
+    assert_agrees(J, Mean()(G), gradient_mean(J))
+    assert_agrees(J, Constant(weights)(G), weighted_sum(J, weights))
+
+
+@given(J=gradients(), scale=SCALES)
+def test_the_mean_is_no_longer_than_the_longest_gradient(J, scale):
+    J = J * scale
+    assert (J.T @ Mean()(gramian_of(J))).norm() <= J.norm(dim=1).max() * (1 + 1e-14)
 
 
 def test_weights():

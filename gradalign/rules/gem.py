@@ -1,0 +1,71 @@
+"""GEM: a task's gradient is projected onto the directions that no memory objects to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradalign.errors import finite_number
+from gradalign.rules.kinds import AnchoredRule
+from gradalign.solvers import nonnegative_quadratic, wide
+
+
+@dataclass(frozen=True, eq=False)
+class GEM(AnchoredRule):
+    """Move the anchor's gradient g as little as it takes to conflict with none of the others.
+
+    With M the others' rows, v = argmin of v'(MM' + eI)v / 2 + (Mg)'v over v >= margin, and d = g + M'v.
+
+    Guarantees: <d, g_k> >= -e v_k for every k; with ridge = 0, Md >= 0 and d is the nearest such direction to g.
+
+    Args:
+        margin: Least weight of every memory, >= 0, dimensionless; a bias towards what must not be forgotten.
+        ridge: e in units of the mean squared norm of the others' gradients, >= 0.
+        anchor: The index or name of the task that is learnt; the others are what must not be forgotten.
+
+    Note:
+        The paper's e is absolute; in units of the squared norms it acts alike at any scale. The authors' code solves
+        the program only where some memory conflicts; with margin = 0 that is the same, with a margin every step has it.
+
+    References:
+        Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017, arXiv:1706.08840,
+        Eq. 11 and Algorithm 1.
+
+    >>> GEM(ridge=0.0)(torch.tensor([[4.0, -1.0], [-1.0, 1.0]]))
+    tensor([1., 1.])
+    """
+
+    margin: float = 0.0
+    ridge: float = 1e-3
+
+    name: ClassVar[str] = "gem"
+    min_groups: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "margin", finite_number("margin", self.margin, 0.0))
+        object.__setattr__(self, "ridge", finite_number("ridge", self.ridge, 0.0))
+
+    def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
+        K = G.shape[-1]
+        a = self.anchor_index(K, names)
+        others = [k for k in range(K) if k != a]
+        H = torch.stack([torch.stack([wide(G[..., i, j]) for j in others], -1) for i in others], -2)
+        squares = H.diagonal(dim1=-2, dim2=-1)
+        e = self.ridge * squares.mean(-1, keepdim=True)
+        H = H + torch.diag_embed(e.expand_as(squares))
+        products = torch.stack([wide(G[..., a, k]) for k in others], -1)
+        # With v = margin + x the bound is x >= 0.
+        x = nonnegative_quadratic(H, -products - self.margin * H.sum(-1))
+        v = (self.margin + x).to(G.dtype).unbind(-1)
+        one = torch.ones_like(G[..., 0, 0])
+        return torch.stack([one if k == a else v[k - (k > a)] for k in range(K)], -1)
+
+    def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Return 1 for the anchor and ``margin`` for the others: without conflict they are only watched."""
+        a = self.anchor_index(len(names), names)
+        return tuple(1.0 if k == a else self.margin for k in range(len(names)))

@@ -1,0 +1,100 @@
+"""PCD: the main gradient, bent as little as gives each auxiliary its share of progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradalign.errors import finite_number
+from gradalign.rules.kinds import Anchored, Memory, StatefulRule
+from gradalign.solvers import nonnegative_quadratic, wide
+
+_FEASIBLE = 1e-8  # of the constraints' scale: a share that is missed by more cannot be had
+
+
+@dataclass(frozen=True, eq=False)
+class PCD(Anchored, StatefulRule):
+    """Follow the anchor's gradient as closely as leaves every auxiliary the share tau of its own progress.
+
+    With h_i = g_i / sqrt(v_i), v_i the average of norm(g_i)^2 over the calls, decayed by beta and freed of its bias:
+    e = argmin of norm(e - h_a)^2 / 2 such that <h_k, e> >= tau norm(h_k)^2 for every auxiliary k;
+    d = e norm(g_a) / norm(e).
+
+    Guarantees: <d, g_k> >= 0 for every auxiliary wherever the shares can be had together; norm(d) = norm(g_a). Scaling
+    one auxiliary's loss changes nothing.
+
+    Args:
+        tau: The share, in [0, 1], dimensionless.
+        beta: Decay of the averages, in [0, 1).
+        anchor: The main group's index or name.
+
+    Note:
+        Where the shares cannot be had together, say of opposite auxiliaries, they are dropped: d = g_a. The average
+        has no epsilon: a gradient that has always been zero has no share. Where e = 0, d = 0.
+
+    References:
+        Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical Multi-Objective Optimization,
+        TMLR 2026, arXiv:2606.29521.
+
+    >>> PCD(tau=0.5)(torch.tensor([[1.0, 0.0], [0.0, 9.0]]))  # e = h_a + h_k / 2, of length sqrt(5) / 2
+    tensor([0.8944, 0.1491])
+    """
+
+    tau: float = 0.02
+    beta: float = 0.999
+
+    name: ClassVar[str] = "pcd"
+    min_groups: ClassVar[int] = 2
+    remembers: ClassVar[tuple[str, ...]] = ("squares", "calls")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "tau", finite_number("tau", self.tau, 0.0, 1.0))
+        beta = finite_number("beta", self.beta, 0.0, 1.0)
+        if beta == 1:
+            raise ValueError(f"`beta` must be below 1, got {self.beta!r}; an average that never moves has no value.")
+        object.__setattr__(self, "beta", beta)
+
+    def _begin(self, G: Tensor) -> Memory:
+        return {
+            "squares": torch.zeros_like(G[..., 0]),
+            "calls": torch.zeros_like(G[..., 0, 0], dtype=torch.int64),
+        }
+
+    def _step(self, G: Tensor, memory: Memory, names: Sequence[str] | None) -> tuple[Tensor, Memory]:
+        a = self.anchor_index(G.shape[-1], names)
+        now = G.diagonal(dim1=-2, dim2=-1).clamp(min=0)
+        squares = self.beta * memory["squares"] + (1 - self.beta) * now
+        calls = memory["calls"] + 1
+        average = wide(squares) / (1 - self.beta ** wide(calls)).unsqueeze(-1)
+        scale = torch.where(average > 0, average.rsqrt(), 0.0)
+        H = wide(G) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+        w = self._bent(H, a) * scale
+        square = (w * (wide(G) @ w.unsqueeze(-1)).squeeze(-1)).sum(-1, keepdim=True)
+        size = (w.abs() * wide(now).sqrt()).sum(-1, keepdim=True).square()
+        # A square that is rounding is the step of length zero.
+        some = square > G.shape[-1] * torch.finfo(G.dtype).eps * size
+        length = (wide(now)[..., a, None] / square.where(some, 1.0)).sqrt()
+        return torch.where(some, w * length, 0.0).to(G.dtype), {"squares": squares, "calls": calls}
+
+    def _bent(self, H: Tensor, a: int) -> Tensor:
+        """Return the weights of e on the h, (..., K)."""
+        only = torch.zeros_like(H[..., 0])
+        only[..., a] = 1.0
+        shares = self.tau * H.diagonal(dim1=-2, dim2=-1) - H[..., a]
+        shares[..., a] = 0.0
+        among = H * (1 - only).unsqueeze(-1) * (1 - only).unsqueeze(-2)  # the anchor has no share, and no multiplier
+        multipliers = nonnegative_quadratic(among, shares)
+        missed = shares - (among @ multipliers.unsqueeze(-1)).squeeze(-1)
+        sizes = H.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        largest = sizes.amax(-1, keepdim=True)
+        feasible = (missed <= _FEASIBLE * sizes * largest).all(-1, keepdim=True)
+        return only + multipliers.where(feasible, 0.0)
+
+    def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Return ones: where all gradients agree, each loss makes its progress."""
+        return (1.0,) * len(names)
