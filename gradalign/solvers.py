@@ -7,20 +7,16 @@ whose norms differ by many orders of magnitude are treated alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-# Added to the diagonal of a matrix of cosines, the first of them that makes it positive definite. The first is far
-# below what rounding of G leaves certain of a nearly dependent row; the others mend a G that is not semi-definite.
-_RIDGES = (1e-12, 1e-9, 1e-6, 1e-3, 1.0, 1e3)
+# Added to the diagonal of a matrix of cosines, the first of them that makes it positive definite. The first is of the
+# order of the rounding of G, which can leave a singular G indefinite; the others are for what is more so than that.
+_RIDGES = (1e-14, 1e-12, 1e-9, 1e-6, 1e-3, 1.0, 1e3)
 
-_FAIR_RIDGES = (1e-14, *_RIDGES)  # a barrier keeps that program regular: no more than rounding is needed
 _NEWTON_STEPS = 64  # 6 to 10 are usual; nearly stationary losses need one more for each doubling of the weights
 _ROUNDS = 12  # block pivots, of which 3 to 6 are usual, before the slow and sure method takes over
 _INSIDE = 0.99  # of the way to the bound w = 0 that a step may take at most
-_CONVERGED = 1e-13  # relative change of a weight in the last step of Newton's method
 _SIGN = 1e-14  # what counts as negative, in units of the largest number that it is a sum of
 
 
@@ -107,6 +103,39 @@ def nonnegative_quadratic(H: Tensor, f: Tensor) -> Tensor:
     return _nonnegative(C, f * inverse) * inverse
 
 
+def best_move_in_ball(G: Tensor, p: Tensor, c: float) -> Tensor:
+    """Return the x >= 0 with which d = J'(p + x) has the greatest min_i <g_i, d> of all d within c norm(J'p) of J'p.
+
+    It is the least move that gives every <g_i, d> a margin m, at the m that takes it to the ball's border; the distance
+    is convex in m, so that Newton's method comes down to it from above. Where no margin above 0 can be had, it is the
+    least move that has the margin 0, which may stay inside.
+
+    Args:
+        G: (..., K, K), floating.
+        p: (..., K), >= 0.
+        c: In [0, 1].
+
+    Returns:
+        x (..., K), in float64.
+    """
+    G, p = wide(G), wide(p)
+    C, norms, inverse = cosines(G)
+    products = _times(C, p * norms)  # <g_0, g_i> / norm(g_i), g_0 = J'p
+    radius = c * (p * norms * products).sum(-1, keepdim=True).clamp(min=0).sqrt()
+    # In the ball <g_i, d> is at most norm(g_i) (products_i + radius).
+    margin = torch.where(norms > 0, norms * (products + radius), 0.0).amin(-1, keepdim=True)
+    x = torch.zeros_like(p)
+    for _ in range(_NEWTON_STEPS // 2):
+        x = _nonnegative(C, margin * inverse - products)
+        distance = (x * _times(C, x)).sum(-1, keepdim=True).clamp(min=0).sqrt()
+        slope = (x * inverse).sum(-1, keepdim=True)  # of the squared distance in the margin, halved
+        moving = ((distance - radius).abs() > _SIGN * radius) & (slope > 0)
+        margin = torch.where(moving, margin - (distance - radius) * distance / slope.where(moving, 1.0), margin)
+        if G.device.type == "cpu" and not bool(moving.any()):
+            break
+    return x * inverse
+
+
 def project_onto_simplex(w: Tensor) -> Tensor:
     """Return the nearest point (..., K) of the simplex, by sorting.
 
@@ -130,15 +159,19 @@ def eigenvalues(G: Tensor) -> tuple[Tensor, Tensor]:
     return L, V
 
 
-def solve_consistently(C: Tensor, t: Tensor, precision: float) -> Tensor:
+def rounding(G: Tensor) -> float:
+    """Return what share of the largest eigenvalue of G (..., K, K), in G's dtype, can be rounding of its elements."""
+    return 16 * G.shape[-1] * torch.finfo(G.dtype).eps
+
+
+def solve_consistently(C: Tensor, t: Tensor, least: float) -> Tensor:
     """Return pinv(C) t, (..., K), for a symmetric positive semi-definite C of unit diagonal, in its dtype.
 
-    Eigenvalues, and components of t along the eigenvectors, below K times ``precision`` of the largest count as zero.
-    Waits for the device on CUDA, for the eigenvalues.
+    Eigenvalues, and components of t along the eigenvectors, below ``least`` of the largest count as zero. Waits for the
+    device on CUDA, for the eigenvalues.
     """
     L, V = eigenvalues(C)
     along = _times(V.mT, t)
-    least = C.shape[-1] * precision
     kept = (least * L[..., -1:] < L) & (along.abs() > least * t.abs().amax(-1, keepdim=True))
     return _times(V, torch.where(kept, along / L.where(kept, 1.0), 0.0))
 
@@ -157,31 +190,44 @@ def fair_weights(G: Tensor, exponent: float) -> Tensor:
     """
     G = wide(G)
     C, norms, inverse = cosines(G)
-    C = C + _ridge(C, _FAIR_RIDGES).unsqueeze(-1) * _eye(C)
+    C = C + torch.diag_embed(_ridge(C).expand_as(norms))
     # With w_i = x_i / norm_i and norms in units of the longest, up to a power of that unit: Cx = b x^(-exponent).
     unit = norms.amax(-1, keepdim=True)
     unit = unit.where(unit > 0, 1.0)
     b = torch.where(norms > 0, norms / unit, 1.0).pow(exponent - 1)
     x = b.pow(1 / (1 + exponent))  # the solution for orthogonal rows
-    tries = torch.stack([x.new_full((), 0.5**n) for n in range(12)]).unsqueeze(-1)  # (12, 1): of the longest step
     for _ in range(_NEWTON_STEPS):
         pull = b * x.pow(-exponent)
         slope = _times(C, x) - pull
+        floor = _SIGN * (_times(C.abs(), x) + pull)
+        done = (slope.abs() <= floor).all(-1, keepdim=True)
+        if x.device.type == "cpu" and bool(done.all()):
+            break
         hessian = C + torch.diag_embed(exponent * pull / x)
         step = torch.linalg.solve_ex(hessian, -slope.unsqueeze(-1)).result.squeeze(-1)
-        # The longest of the steps that stay inside and do not climb more than half as steeply as this falls.
         room = (-step / x).amax(-1, keepdim=True)
-        longest = (_INSIDE / room.clamp(min=_INSIDE)).unsqueeze(-2)
-        ends = x.unsqueeze(-2) + tries * longest * step.unsqueeze(-2)  # (..., 12, K)
-        slopes = ((ends @ C - b.unsqueeze(-2) * ends.pow(-exponent)) * step.unsqueeze(-2)).sum(-1)
-        falls = slopes <= 0.5 * (slope * step).sum(-1, keepdim=True).abs()
-        chosen = falls.to(torch.int8).argmax(-1)[..., None, None].expand(*x.shape[:-1], 1, x.shape[-1])
-        following = ends.gather(-2, chosen).squeeze(-2)
-        change = ((following - x) / x).abs().amax()
-        x = following
-        if x.device.type == "cpu" and bool(change < _CONVERGED):
-            break
+        step = step * (_INSIDE / room.clamp(min=_INSIDE))
+        x = torch.where(done, x, _advance(C, b, exponent, x, step, (slope * step).sum(-1, keepdim=True)))
     return x * inverse * unit.pow((exponent - 1) / (exponent + 1))
+
+
+def _advance(C: Tensor, b: Tensor, exponent: float, x: Tensor, step: Tensor, slope: Tensor) -> Tensor:
+    """Return x + s step for the largest s of 1, 1/2, .. at which the objective does not climb too steeply.
+
+    That is, more than half as steeply as it falls at s = 0, by ``slope``.
+    """
+
+    def climbs(y: Tensor, step: Tensor) -> Tensor:
+        return ((_times(C, y) - b * y.pow(-exponent)) * step).sum(-1, keepdim=True) > -slope / 2
+
+    whole = x + step
+    if x.device.type == "cpu" and not bool(climbs(whole, step).any()):
+        return whole
+    chosen = x
+    for halvings in reversed(range(12)):
+        y = x + step * 0.5**halvings
+        chosen = torch.where(climbs(y, step), chosen, y)
+    return chosen
 
 
 def _times(M: Tensor, x: Tensor) -> Tensor:
@@ -195,35 +241,52 @@ def _nonnegative(C: Tensor, f: Tensor) -> Tensor:
     point method, x <- argmin of the program + r/2 norm(x - last x)^2, then takes the ridge's trace away, unless it
     would need another active set.
     """
-    ridge = _ridge(C, _RIDGES)
+    if C.shape[-1] == 1:
+        return f.clamp(min=0)
+    if C.shape[-1] == 2:
+        return _nonnegative_pair(C[..., 0, 1], f)
+    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+    ridge = _ridge(C)
     batch = torch.broadcast_shapes(C.shape[:-2], f.shape[:-1])
     f = f.expand(*batch, f.shape[-1])
-    M = (C + ridge.unsqueeze(-1) * _eye(C)).expand(*batch, *C.shape[-2:])
-    active, done = _block_pivots(M, f)
-    if f.device.type != "cpu" or not bool(done.all()):
-        active = torch.where(done.unsqueeze(-1), active, _one_by_one(M, f))
-    x = _solve_on(M, active, f)
-    closer = x + _solve_on(M, active, ridge * x)
+    M = (C + ridge.unsqueeze(-1) * eye).expand(*batch, *C.shape[-2:])
+    x, active, done = _block_pivots(M, f, eye)
+    if f.device.type != "cpu":  # which of them are done is not asked: that would wait for the device
+        sure = _one_by_one(M, f, eye, x)
+        x, active = torch.where(done.unsqueeze(-1), x, sure), torch.where(done.unsqueeze(-1), active, sure > 0)
+    elif not bool(done.all()):
+        x[~done] = _one_by_one(M[~done], f[~done], eye, x[~done])
+        active[~done] = x[~done] > 0
+    closer = x + _solve_on(M, active, ridge * x, eye)
     holds = ~_wrong(M, active, f + ridge * x, closer).any(-1, keepdim=True)
     return torch.where(holds, closer, x).clamp(min=0)
 
 
-def _eye(C: Tensor) -> Tensor:
-    return torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+def _nonnegative_pair(c: Tensor, f: Tensor) -> Tensor:
+    """Return the minimum for K = 2 by cases, of which one holds: both positive, or one or none, the other zero."""
+    c = c.unsqueeze(-1)
+    both = (f - c * f.flip(-1)) / (1 - c * c).clamp(min=_RIDGES[0])
+    alone = f.clamp(min=0)
+    enough = c * alone >= f.flip(-1)  # the other's slack, where this one is positive alone
+    one = torch.where(enough, alone, 0.0)
+    # Where each is enough for the other, as for c = 1, the first one is taken.
+    one = torch.stack([one[..., 0], one[..., 1].where(~enough[..., 0], 0.0)], -1)
+    return torch.where((both > 0).all(-1, keepdim=True), both, one)
 
 
-def _ridge(C: Tensor, ridges: Sequence[float]) -> Tensor:
+def _ridge(C: Tensor) -> Tensor:
     """Return the first of the ridges that makes C + r I positive definite, (..., 1)."""
-    if C.device.type == "cpu" and not bool(torch.linalg.cholesky_ex(C + ridges[0] * _eye(C)).info.any()):
-        return C.new_full((*C.shape[:-2], 1), ridges[0])
-    tried = torch.stack([C.new_full((), ridge) for ridge in ridges])
-    fits = torch.linalg.cholesky_ex(C.unsqueeze(-3) + tried[:, None, None] * _eye(C)).info == 0
+    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+    if C.device.type == "cpu" and not bool(torch.linalg.cholesky_ex(C + _RIDGES[0] * eye).info.any()):
+        return C.new_full((*C.shape[:-2], 1), _RIDGES[0])
+    tried = torch.stack([C.new_full((), ridge) for ridge in _RIDGES])
+    fits = torch.linalg.cholesky_ex(C.unsqueeze(-3) + tried[:, None, None] * eye).info == 0
     return tried.expand(fits.shape).gather(-1, fits.to(torch.int8).argmax(-1, keepdim=True))
 
 
-def _solve_on(M: Tensor, active: Tensor, f: Tensor) -> Tensor:
+def _solve_on(M: Tensor, active: Tensor, f: Tensor, eye: Tensor) -> Tensor:
     """Return x with M_AA x_A = f_A on the active set A, and zeros elsewhere."""
-    A = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), M, _eye(M))
+    A = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), M, eye)
     x: Tensor = torch.linalg.solve_ex(A, f.where(active, 0.0).unsqueeze(-1)).result
     return x.squeeze(-1)
 
@@ -238,8 +301,8 @@ def _wrong(M: Tensor, active: Tensor, f: Tensor, x: Tensor) -> Tensor:
     return torch.where(active, x, _times(M, x) - f) < _threshold(f, x)
 
 
-def _block_pivots(M: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the active set, and where it is the minimum's: exchange all indices of the wrong sign at once.
+def _block_pivots(M: Tensor, f: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, its active set, and where it is the minimum: exchange all indices of the wrong sign at once.
 
     Fast, but it can go round in circles.
 
@@ -248,27 +311,28 @@ def _block_pivots(M: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
         squares problems with nonnegative variables, Mathematics of Computation 63, 1994.
     """
     active = f > 0
-    done = torch.zeros_like(f[..., 0], dtype=torch.bool)
-    for _ in range(_ROUNDS):
-        wrong = _wrong(M, active, f, _solve_on(M, active, f))
-        done = ~wrong.any(-1)
-        active = active ^ wrong
-        if f.device.type == "cpu" and bool(done.all()):
+    for left in reversed(range(_ROUNDS)):
+        x = _solve_on(M, active, f, eye)
+        wrong = _wrong(M, active, f, x)
+        if left == 0 or (f.device.type == "cpu" and not bool(wrong.any())):
             break
-    return active, done
+        active = active ^ wrong
+    return x, active, ~wrong.any(-1)
 
 
-def _one_by_one(M: Tensor, f: Tensor) -> Tensor:
-    """Return the active set: let the index of the most negative slack in, and step back where x meets a bound.
+def _one_by_one(M: Tensor, f: Tensor, eye: Tensor, start: Tensor) -> Tensor:
+    """Return x, positive on its active set: let the most negative slack's index in, step back where x meets a bound.
 
-    The objective falls with every step, so that no active set comes twice; about K steps are usual.
+    The objective falls with every step from the positive part of ``start``, so that no active set comes twice; at most
+    about K steps are usual.
 
     References:
         Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23.
     """
-    x, active = torch.zeros_like(f), torch.zeros_like(f, dtype=torch.bool)
+    active = start > 0
+    x = start.where(active, 0.0)
     for _ in range(4 * f.shape[-1] + 8):
-        trial = _solve_on(M, active, f)
+        trial = _solve_on(M, active, f, eye)
         out = active & (trial <= 0)
         inside = ~out.any(-1, keepdim=True)
         # Go towards the trial as far as x stays nonnegative; whoever meets its bound first leaves.
@@ -280,7 +344,7 @@ def _one_by_one(M: Tensor, f: Tensor) -> Tensor:
         slack = torch.where(active, 0.0, _times(M, x) - f)
         lowest = slack.argmin(-1, keepdim=True)
         enters = inside & (slack.gather(-1, lowest) < _threshold(f, x))
-        active = active | (torch.zeros_like(active).scatter(-1, lowest, True) & enters)
         if f.device.type == "cpu" and bool((inside & ~enters).all()):
             break
-    return active
+        active = active | (torch.zeros_like(active).scatter(-1, lowest, True) & enters)
+    return x

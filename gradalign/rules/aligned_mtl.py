@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradalign.errors import unknown_name
 from gradalign.rules.kinds import PreferenceRule
-from gradalign.solvers import eigenvalues, wide
+from gradalign.solvers import eigenvalues, rounding, wide
 
 _SCALES = ("min", "median", "mean")
 
@@ -30,8 +30,8 @@ class AlignedMTL(PreferenceRule):
         preference: (K,) numbers >= 0; 1/K each where None.
 
     Note:
-        Eigenvalues below K times the rounding of the largest count as zero. The decomposition waits for the device on
-        CUDA.
+        Eigenvalues that can be rounding of the largest, 16 K eps of it, count as zero. The decomposition waits for the
+        device on CUDA.
 
     References:
         Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023, arXiv:2305.19000,
@@ -53,8 +53,7 @@ class AlignedMTL(PreferenceRule):
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
         p = wide(self._preferred(G)).unsqueeze(-1)
         L, V = eigenvalues(wide(G))
-        precision = G.shape[-1] * torch.finfo(G.dtype).eps
-        kept = precision * L[..., -1:] < L
+        kept = rounding(G) * L[..., -1:] < L
         s = self._chosen(L, kept)
         B = torch.where(kept, (s / L.where(kept, 1.0)).sqrt(), 0.0)
         w: Tensor = V @ (B.unsqueeze(-1) * (V.mT @ p))

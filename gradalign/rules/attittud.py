@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradalign.errors import finite_number, positive_integer
 from gradalign.rules.kinds import AnchoredRule, check_group, group_index
-from gradalign.solvers import eigenvalues, wide
+from gradalign.solvers import eigenvalues, rounding, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class ATTITTUD(AnchoredRule):
         a = self.anchor_index(K, names)
         basis = self._basis_indices(K, names)
         W = wide(G)
-        V = self._directions(W[..., basis, :][..., basis], torch.finfo(G.dtype).eps)  # (..., n, n): v_j on the basis
+        V = self._directions(W[..., basis, :][..., basis], rounding(G))  # (..., n, n): v_j on the basis
         components = V.mT @ W[..., basis, :]  # (..., n, K): <g_k, v_j>
         agree = components * components[..., a].unsqueeze(-1) >= 0
         # g_k less its components is neutral, so that each v_j enters with its part's weight less that of neutral.
@@ -93,10 +93,10 @@ class ATTITTUD(AnchoredRule):
         w[..., a] += 1.0
         return w.to(G.dtype)
 
-    def _directions(self, B: Tensor, precision: float) -> Tensor:
+    def _directions(self, B: Tensor, least: float) -> Tensor:
         """Return orthonormal v_j as combinations of the basis rows, by columns (..., n, n), zero beyond the rank."""
         L, U = eigenvalues(B)
-        kept = B.shape[-1] * precision * L[..., -1:] < L
+        kept = least * L[..., -1:] < L
         if self.rank is not None:
             kept[..., : max(0, B.shape[-1] - self.rank)] = False
         lengths: Tensor = torch.where(kept, L.where(kept, 1.0).rsqrt(), 0.0)

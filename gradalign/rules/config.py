@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradalign.rules.kinds import PreferenceRule
-from gradalign.solvers import cosines, solve_consistently, wide
+from gradalign.solvers import cosines, rounding, solve_consistently, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +43,12 @@ class ConFIG(PreferenceRule):
         C, norms, inverse = cosines(wide(G))
         K = C.shape[-1]
         target = wide(self._preferred(G)) * K * (norms > 0)
-        y = solve_consistently(C, target, torch.finfo(G.dtype).eps)
+        y = solve_consistently(C, target, rounding(G))
         along = (C @ y.unsqueeze(-1)).squeeze(-1)
         square = (y * along).sum(-1, keepdim=True)
         length = (norms * along).sum(-1, keepdim=True)  # 1'Gx
         # A square that is rounding is a direction that is none.
-        some = square > K * torch.finfo(G.dtype).eps * y.square().sum(-1, keepdim=True)
+        some = square > rounding(G) * y.square().sum(-1, keepdim=True)
         return torch.where(some, y * inverse * length / square.where(some, 1.0), 0.0).to(G.dtype)
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:

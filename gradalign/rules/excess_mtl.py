@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradalign.errors import finite_number
 from gradalign.rules.kinds import Memory
-from gradalign.rules.rows import StatefulRowRule
+from gradalign.rules.rows import CHUNK, StatefulRowRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +59,12 @@ class ExcessMTL(StatefulRowRule):
 
     def _step(self, rows: Sequence[Tensor], memory: Memory, names: Sequence[str] | None) -> tuple[Tensor, Memory]:
         S = memory["squares"].clone()
-        excess = []
-        for squares, row in zip(S, rows, strict=True):
-            squares.addcmul_(row, row)
+        E = torch.zeros_like(memory["first"])
+        for start in range(0, S.shape[-1], CHUNK):
+            J = torch.stack([row[start : start + CHUNK] for row in rows])
+            squares = S[:, start : start + CHUNK].addcmul_(J, J)
             root = squares.sqrt()
-            excess.append(torch.where(root > 0, row * (row / root.where(root > 0, 1.0)), 0.0).sum())
-        E = torch.stack(excess)
+            E += torch.where(root > 0, J * (J / root.where(root > 0, 1.0)), 0.0).sum(-1)
         first = torch.where(memory["calls"] == 0, E, memory["first"])
         ratio = torch.where(first > 0, E / first.where(first > 0, 1.0), 0.0)
         log_weights = (memory["log_weights"] + self.lr * ratio).log_softmax(-1)

@@ -54,16 +54,14 @@ class GEM(AnchoredRule):
         K = G.shape[-1]
         a = self.anchor_index(K, names)
         others = [k for k in range(K) if k != a]
-        H = torch.stack([torch.stack([wide(G[..., i, j]) for j in others], -1) for i in others], -2)
-        squares = H.diagonal(dim1=-2, dim2=-1)
-        e = self.ridge * squares.mean(-1, keepdim=True)
-        H = H + torch.diag_embed(e.expand_as(squares))
-        products = torch.stack([wide(G[..., a, k]) for k in others], -1)
+        M = wide(G)[..., others, :][..., others]  # the others' Gramian, MM'
+        squares = M.diagonal(dim1=-2, dim2=-1)
+        H = M + torch.diag_embed((self.ridge * squares.mean(-1, keepdim=True)).expand_as(squares))
         # With v = margin + x the bound is x >= 0.
-        x = nonnegative_quadratic(H, -products - self.margin * H.sum(-1))
-        v = (self.margin + x).to(G.dtype).unbind(-1)
-        one = torch.ones_like(G[..., 0, 0])
-        return torch.stack([one if k == a else v[k - (k > a)] for k in range(K)], -1)
+        x = nonnegative_quadratic(H, -wide(G)[..., a, others] - self.margin * H.sum(-1))
+        w = torch.ones_like(G[..., 0])
+        w[..., others] = (self.margin + x).to(G.dtype)
+        return w
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return 1 for the anchor and ``margin`` for the others: without conflict they are only watched."""

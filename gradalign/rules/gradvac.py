@@ -24,7 +24,7 @@ class GradVac(Random, StatefulRule):
     sqrt(1 - t^2)), after which the cosine is t; then t_ij <- (1 - beta) t_ij + beta phi, at every pair. w is the sum
     of the K vectors c.
 
-    Guarantees: none about conflict beyond PCGrad's, which the first call equals, for the targets begin at 0.
+    Guarantees: none about conflict beyond Pproductsrad's, which the first call equals, for the targets begin at 0.
 
     Args:
         beta: Share of the present cosine in the targets, in [0, 1].
@@ -37,7 +37,7 @@ class GradVac(Random, StatefulRule):
         Wang et al., Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively Multilingual
         Models, ICLR 2021, arXiv:2010.05874, Algorithm 1.
 
-    >>> GradVac()(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))  # the first call: PCGrad
+    >>> GradVac()(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))  # the first call: Pproductsrad
     tensor([2.0000, 1.2500])
     """
 
@@ -55,23 +55,28 @@ class GradVac(Random, StatefulRule):
         return {"targets": torch.zeros_like(G)}
 
     def _step(self, G: Tensor, memory: Memory, names: Sequence[str] | None) -> tuple[Tensor, Memory]:
-        targets = memory["targets"].clone()
-        norms = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        orders = self._orders(G)
+        targets = memory["targets"].gather(-1, orders)  # (..., K, K - 1): each pair comes once
+        t = targets.clamp(max=_PARALLEL)
+        cotangents = t / (1 - t * t).sqrt()
+        norms = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2).expand_as(G).gather(-1, orders)
         C = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand(G.shape).clone()  # row i: group i's c
-        for j in self._orders(G).unbind(-1):  # (..., K): for each group i the next j
-            at = j.unsqueeze(-1)
-            length = (C * (C @ G)).sum(-1).clamp(min=0).sqrt()
-            product = (G.gather(-2, at.expand_as(G)) * C).sum(-1)
-            norm = norms.gather(-1, j)
+        products = G.clone()
+        seen = []
+        for n, j in enumerate(orders.unbind(-1)):  # (..., K): for each group i the next j
+            at, norm = j.unsqueeze(-1), norms[..., n]
+            length = (C * products).sum(-1).clamp(min=0).sqrt()
             exists = (length > 0) & (norm > 0)
-            phi = (product / length.where(exists, 1.0) / norm.where(exists, 1.0)).clamp(-1.0, 1.0)
-            target = targets.gather(-1, at).squeeze(-1)
-            t = target.clamp(max=_PARALLEL)
-            cot = t / (1 - t * t).sqrt()
-            step = length * (cot * (1 - phi * phi).sqrt() - phi) / norm.where(exists, 1.0)
-            C.scatter_add_(-1, at, torch.where(exists & (phi < t), step, 0.0).unsqueeze(-1))
-            targets.scatter_(-1, at, torch.where(exists, target.lerp(phi, self.beta), target).unsqueeze(-1))
-        return C.sum(-2), {"targets": targets}
+            phi = (products.gather(-1, at).squeeze(-1) / (length * norm).where(exists, 1.0)).clamp(-1.0, 1.0)
+            step = length * (cotangents[..., n] * (1 - phi * phi).sqrt() - phi) / norm.where(exists, 1.0)
+            step = torch.where(exists & (phi < t[..., n]), step, 0.0).unsqueeze(-1)
+            C.scatter_add_(-1, at, step)
+            products.addcmul_(step, G.gather(-2, at.expand_as(G)))
+            seen.append(torch.where(exists, phi, targets[..., n]))
+        if seen:
+            moved = targets.lerp(torch.stack(seen, -1), self.beta)
+            memory = {"targets": memory["targets"].scatter(-1, orders, moved)}
+        return C.sum(-2), memory
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return ones: without conflict the first step is the sum."""

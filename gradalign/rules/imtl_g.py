@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradalign.rules.base import Rule
-from gradalign.solvers import cosines, solve_consistently, wide
+from gradalign.solvers import cosines, rounding, solve_consistently, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +38,11 @@ class IMTLG(Rule):
 
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
         C, norms, inverse = cosines(wide(G))
-        u = solve_consistently(C, (norms > 0).to(C.dtype), torch.finfo(G.dtype).eps)
+        u = solve_consistently(C, (norms > 0).to(C.dtype), rounding(G))
         longest = norms.amax(-1, keepdim=True)
         w = u * inverse * longest
         total, size = w.sum(-1, keepdim=True), w.abs().sum(-1, keepdim=True)
-        divisor = torch.where(total.abs() > w.shape[-1] * torch.finfo(G.dtype).eps * size, total, size)
+        divisor = torch.where(total.abs() > rounding(G) * size, total, size)
         return (w / divisor.where(divisor != 0, 1.0)).to(G.dtype)
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:

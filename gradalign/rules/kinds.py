@@ -22,6 +22,8 @@ Memory = dict[str, Tensor]
 
 def fixed(weights: Sequence[float], G: Tensor) -> Tensor:
     """Return the weights (K,) once for each block of G (..., K, K), filled on the device: no copy from the host."""
+    if len(set(weights)) == 1:
+        return G.new_full(G.shape[:-1], weights[0])
     return torch.stack([G.new_full(G.shape[:-2], weight) for weight in weights], -1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradalign.errors import finite_number
 from gradalign.rules.kinds import Anchored, Memory, StatefulRule
-from gradalign.solvers import nonnegative_quadratic, wide
+from gradalign.solvers import nonnegative_quadratic, rounding, wide
 
 _FEASIBLE = 1e-8  # of the constraints' scale: a share that is missed by more cannot be had
 
@@ -77,7 +77,7 @@ class PCD(Anchored, StatefulRule):
         square = (w * (wide(G) @ w.unsqueeze(-1)).squeeze(-1)).sum(-1, keepdim=True)
         size = (w.abs() * wide(now).sqrt()).sum(-1, keepdim=True).square()
         # A square that is rounding is the step of length zero.
-        some = square > G.shape[-1] * torch.finfo(G.dtype).eps * size
+        some = square > rounding(G) * size
         length = (wide(now)[..., a, None] / square.where(some, 1.0)).sqrt()
         return torch.where(some, w * length, 0.0).to(G.dtype), {"squares": squares, "calls": calls}
 

@@ -17,7 +17,7 @@ from gradalign.rules.base import BaseRule
 from gradalign.rules.kinds import Memory, Stateful
 from gradalign.solvers import wide
 
-_CHUNK = 2**16  # elements of each row that are widened at once
+CHUNK = 2**16  # elements of each row that are taken at once, so that no second copy of all rows is made
 
 
 class RowRule(BaseRule):
@@ -50,7 +50,7 @@ class RowRule(BaseRule):
         wide = [row.to(torch.promote_types(dtype, torch.float32)) for row in rows]
         poison = torch.zeros_like(wide[0])
         for row in wide:
-            poison.add_(row * 0)  # 0, or NaN where an element is not finite
+            poison.add_(row, alpha=0)  # 0, or NaN where an element is not finite
         return (self._aligned(wide, names, block) + poison).to(dtype)
 
     @abstractmethod
@@ -107,12 +107,12 @@ class StatefulRowRule(Stateful, RowRule):
 def products(rows: Sequence[Tensor]) -> Tensor:
     """Return the Gramian (K, K) of the rows, summed in float64 (float32 on devices that have none) by chunks."""
     G = wide(rows[0].new_zeros(len(rows), len(rows)))
-    for start in range(0, rows[0].numel(), _CHUNK):
-        chunk = wide(torch.stack([row[start : start + _CHUNK] for row in rows]))
+    for start in range(0, rows[0].numel(), CHUNK):
+        chunk = wide(torch.stack([row[start : start + CHUNK] for row in rows]))
         G.addmm_(chunk, chunk.T)
     return G
 
 
 def share_of_present(share: float, calls: Tensor, like: Tensor) -> Tensor:
     """Return by how much an average moves towards what is new: all the way at the first call, else ``share``."""
-    return torch.where(calls == 0, 1.0, share).to(like.dtype)
+    return torch.where(calls == 0, like.new_ones(()), like.new_full((), share))

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from gradalign.errors import positive_integer
 from gradalign.rules.base import listed
-from gradalign.rules.rows import RowRule
-
-_CHUNK = 2**18  # elements that are sorted at once, so that no second copy of all rows is made
+from gradalign.rules.rows import CHUNK, RowRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +53,8 @@ class TrimmedMean(RowRule):
 
     def _aligned(self, rows: Sequence[Tensor], names: Sequence[str] | None, block: int) -> Tensor:
         d = torch.empty_like(rows[0])
-        for start in range(0, d.numel(), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        for start in range(0, d.numel(), CHUNK):
+            part = slice(start, start + CHUNK)
             ordered = torch.stack([row[part] for row in rows]).sort(0).values
             d[part] = ordered[self.trim : len(rows) - self.trim].mean(0)
         return d

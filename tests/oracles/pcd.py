@@ -32,4 +32,5 @@ class Paper:
         if d is None:
             return torch.from_numpy(g)
         length = np.linalg.norm(d)
-        return torch.from_numpy(d / length * np.linalg.norm(g) if length > 0 and g.any() else np.zeros_like(g))
+        nothing = length <= 1e-13 * np.linalg.norm(normalised[self.anchor])  # what is left of it is rounding
+        return torch.from_numpy(np.zeros_like(g) if nothing else d / length * np.linalg.norm(g))

@@ -36,7 +36,8 @@ def test_agrees_with_the_paper_on_a_subspace(J, scale, data):
     assume(clear_spectrum(J[basis]))
     J = J * scale
     w = ATTITTUD(rank, **SHARES, basis=tuple(basis))(gramian_of(J))
-    assert_agrees(J, w, attittud(J, 0, basis, rank, **SHARES))
+    # Directions are taken from G, which squares the spread of the singular values, 1e3 at most here.
+    assert_agrees(J, w, attittud(J, 0, basis, rank, **SHARES), tolerance=1e-7)
 
 
 def clear_spectrum(B):

@@ -30,7 +30,7 @@ def test_agrees_with_the_paper_on_raw_gradients(J, scale, tau, beta, seed, data)
     assume(well_posed(lambda: Paper(tau, beta, anchor), steps))
     rule, paper = PCD(tau, beta, anchor=anchor), Paper(tau, beta, anchor)
     for step in (step * scale for step in steps):
-        assert_agrees(step, rule(gramian_of(step)), paper(step))
+        assert_agrees(step, rule(gramian_of(step)), paper(step), tolerance=1e-7)  # what well_posed allows
 
 
 @given(J=gradients(min_groups=2), seed=st.integers(0, 99))
@@ -41,9 +41,9 @@ def test_agrees_with_torchjd(J, seed):
     for step in steps:
         G = gramian_of(step)
         # Repeated gradients may share a multiplier in another way: compare what the weights add up to. TorchJD takes a
-        # share for given that is missed by up to 1e-9 of the largest square, which the division by the gradients' least
-        # distance from dependence, about 1/100 at the amplification allowed, makes 1e-6 at most.
-        assert_agrees(step, ours(G), step.T @ theirs(G), tolerance=1e-6)
+        # share for given that is missed by up to 1e-9 of the largest square; relative to what is left where the shares
+        # all but exclude each other that is far more.
+        assert_agrees(step, ours(G), step.T @ theirs(G), tolerance=1e-5)
 
 
 @given(J=gradients(min_groups=2), scale=SCALES, tau=st.sampled_from([0.0, 0.02, 0.5]))

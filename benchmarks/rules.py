@@ -1,0 +1,166 @@
+"""What the weights cost: the median time of a call of every rule, with TorchJD's beside it in the same run.
+
+    python benchmarks/rules.py            every rule at K = 2, 4, 8, 16, 32; benchmarks/results/rules.json
+    python benchmarks/rules.py --quick    K = 2 and 16, few rounds; prints alone
+
+Each rule is called on a Gramian (rules of rows on rows of 4096 elements), float64, on one thread: of gradients drawn at
+random, and of ill-conditioned ones, whose singular values fall from 1 to 1e-6. Rules and peers take turns, round after
+round. A peer that has no such rule is "-", one that fails says with what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchjd import aggregation as jd
+
+from gradalign import rules
+
+SIZES = (2, 4, 8, 16, 32)
+ELEMENTS = 4096
+ROUNDS = 31
+OURS: dict[str, Callable[[int], rules.BaseRule]] = {
+    "constant": lambda K: rules.Constant([1.0] * K),
+    "momentum-weights": lambda K: rules.MomentumWeights("mgda"),
+    "nash-mtl": lambda K: rules.NashMTL(max_norm=1.0),
+}
+# What TorchJD calls on a Gramian, and (below) what it calls on the gradients.
+ON_GRAMIANS: dict[str, Callable[[int], Callable[[Tensor], Tensor]]] = {
+    "aligned-mtl": lambda K: jd.AlignedMTLWeighting(),
+    "cagrad": lambda K: jd.CAGradWeighting(c=0.4),
+    "constant": lambda K: jd.ConstantWeighting(torch.ones(K, dtype=torch.float64)),
+    "dual-proj": lambda K: jd.DualProjWeighting(),
+    "fairgrad": lambda K: jd.FairGradWeighting(alpha=2.0),
+    "gradvac": lambda K: jd.GradVacWeighting(),
+    "imtl-g": lambda K: jd.IMTLGWeighting(),
+    "krum": lambda K: jd.KrumWeighting(n_byzantine=0),
+    "mean": lambda K: jd.MeanWeighting(),
+    "mgda": lambda K: jd.MGDAWeighting(),
+    "modo": lambda K: jd.MoDoWeighting(gamma=0.1),
+    "momentum-weights": lambda K: jd.CRMOGMWeighting(jd.MGDAWeighting()),
+    "pcd": lambda K: jd.PCDWeighting(),
+    "pcgrad": lambda K: jd.PCGradWeighting(),
+    "random-weights": lambda K: jd.RandomWeighting(),
+    "sdmgrad": lambda K: jd.SDMGradWeighting(),
+    "sum": lambda K: jd.SumWeighting(),
+    "upgrad": lambda K: jd.UPGradWeighting(),
+}
+ON_GRADIENTS: dict[str, Callable[[int], Callable[[Tensor], Tensor]]] = {
+    "config": lambda K: jd.ConFIG(),
+    "excess-mtl": lambda K: jd.ExcessMTL(),
+    "graddrop": lambda K: jd.GradDrop(),
+    "nash-mtl": lambda K: jd.NashMTL(n_tasks=K, max_norm=1.0),
+    "trimmed-mean": lambda K: jd.TrimmedMean(trim_number=1),
+}
+
+
+def gradients(K: int, *, ill: bool) -> Tensor:
+    """Return J (K, ELEMENTS), float64."""
+    J = torch.randn(K, ELEMENTS, dtype=torch.float64, generator=torch.Generator().manual_seed(K))
+    if ill:
+        U, _, V = torch.linalg.svd(J, full_matrices=False)
+        J = U * torch.logspace(0, -6, K, dtype=torch.float64) @ V
+    return J
+
+
+def calls(name: str, K: int, J: Tensor) -> dict[str, Callable[[], object]]:
+    """Return what is timed: our rule's call, and TorchJD's where it has one."""
+    G = J @ J.T
+    rule = OURS[name](K) if name in OURS else rules.get(name)
+    rule.check_groups(K, None)
+    ours = J if isinstance(rule, rules.RowRule) else G
+    timed: dict[str, Callable[[], object]] = {"gradalign": lambda: rule(ours)}  # type: ignore[operator]
+    if name in ON_GRAMIANS:
+        peer = ON_GRAMIANS[name](K)
+        timed["torchjd"] = lambda: peer(G)
+    elif name in ON_GRADIENTS:
+        peer = ON_GRADIENTS[name](K)
+        timed["torchjd"] = lambda: peer(J)
+    return timed
+
+
+def medians(timed: dict[str, Callable[[], object]], rounds: int) -> dict[str, float | str]:
+    """Return each call's median time in ms, taken in turns, or the error that it ended in."""
+    result: dict[str, float | str] = {}
+    times: dict[str, list[float]] = {}
+    for who, call in timed.items():
+        try:
+            for _ in range(3):
+                call()
+            times[who] = []
+        except Exception as error:  # noqa: BLE001, a peer may fail with anything, and the table says so
+            result[who] = type(error).__name__
+    for _ in range(rounds):
+        for who in times:
+            start = time.perf_counter()
+            timed[who]()
+            times[who].append(time.perf_counter() - start)
+    return result | {who: 1e3 * statistics.median(taken) for who, taken in times.items()}
+
+
+def measure(sizes: tuple[int, ...], rounds: int) -> list[dict[str, object]]:
+    """Return a record for every rule, kind of gradients and K that suits it, printing a line a rule and kind."""
+    records: list[dict[str, object]] = []
+    header = "".join(f"{f'K={K}':>20}" for K in sizes)
+    for kind in ("random", "ill-conditioned"):
+        print(f"\n{kind} gradients: ms, gradalign / torchjd\n{'':18}{header}")
+        for name in rules.names():
+            cells = []
+            for K in sizes:
+                J = gradients(K, ill=kind != "random")
+                try:
+                    timed = calls(name, K, J)
+                except ValueError:  # too few groups for this rule
+                    cells.append("-")
+                    continue
+                taken = medians(timed, rounds)
+                records.append({"rule": name, "gradients": kind, "K": K, "ms": taken})
+                cells.append(" / ".join(shown(taken.get(who)) for who in ("gradalign", "torchjd")))
+            print(f"{name:18}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+    return records
+
+
+def shown(value: float | str | None) -> str:
+    """Return a time, an error's name or a dash."""
+    return "-" if value is None else value[:9] if isinstance(value, str) else f"{value:.3f}"
+
+
+def main() -> None:
+    """Measure, print, and write the results down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="K = 2 and 16, few rounds, nothing written")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")  # a peer's solvers warn in every round
+    torch.set_num_threads(1)
+    machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, 1 thread"
+    print(f"torch {torch.__version__}, torchjd {version('torchjd')}, {machine}")
+    records = measure((2, 16), 7) if arguments.quick else measure(SIZES, ROUNDS)
+    if not arguments.quick:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        path = Path(__file__).parent / "results" / "rules.json"
+        path.parent.mkdir(exist_ok=True)
+        head = {
+            "command": "python benchmarks/rules.py",
+            "torch": torch.__version__,
+            "torchjd": version("torchjd"),
+            "machine": machine,
+            "commit": commit.stdout.strip(),
+        }
+        path.write_text(json.dumps(head | {"records": records}, indent=1) + "\n")
+        print(f"\nwrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+if __name__ == "__main__":
+    main()
