@@ -25,7 +25,8 @@ class AGEM(AnchoredRule):
 
     Note:
         The paper draws r from a memory of all earlier tasks; here it is the sum of the other groups, whose length does
-        not matter. r = 0 takes nothing away.
+        not matter. r = 0 takes nothing away; an r that nearly cancels is known from G only up to the rounding of its
+        terms.
 
     References:
         Chaudhry et al., Efficient Lifelong Learning with A-GEM, ICLR 2019, arXiv:1812.00420, Eq. 11.

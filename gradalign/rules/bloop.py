@@ -32,7 +32,7 @@ class Bloop(Anchored, StatefulRowRule):
         gradient of memory, in the rule's state.
 
     References:
-        Hubert et al., Careful with that Scalpel: Improving Gradient Surgery with an EMA, ICML 2024, arXiv:2402.02998,
+        Hsieh et al., Careful with that Scalpel: Improving Gradient Surgery with an EMA, ICML 2024, arXiv:2402.02998,
         Algorithm 1.
 
     >>> Bloop(lam=0.5)(torch.tensor([[1.0, 0.0], [-3.0, 2.0]]))  # the part along g goes

@@ -21,7 +21,7 @@ class ExcessMTL(StatefulRowRule):
     S_i <- S_i + g_i^2 element by element; E_i = sum g_i^2 / sqrt(S_i), in units of its first value;
     w_i <- w_i exp(lr E_i), scaled to the sum 1; d = sum_i w_i g_i.
 
-    Guarantees: none about conflict; w > 0, sum w = 1.
+    Guarantees: none about conflict; w >= 0, sum w = 1.
 
     Args:
         lr: Step size of the weights, >= 0, dimensionless.
@@ -29,7 +29,8 @@ class ExcessMTL(StatefulRowRule):
     Note:
         Excess is in units of the first call's from that call on, so that the first weights are equal; the authors' code
         takes the first one raw. No epsilon is added: where S_i = 0 there is no excess, and a group whose first
-        gradient was zero has none. The sums cost K gradients of memory, in the rule's state.
+        gradient was zero has none. sqrt(S) is what is kept, for squares would under- and overflow; it
+        costs K gradients of memory, in the rule's state.
 
     References:
         He et al., Robust Multi-Task Learning with Excess Risks, ICML 2024, arXiv:2402.02009, Eq. 6 to 9.
@@ -41,8 +42,8 @@ class ExcessMTL(StatefulRowRule):
     lr: float = 1.0
 
     name: ClassVar[str] = "excess-mtl"
-    remembers: ClassVar[tuple[str, ...]] = ("squares", "first", "log_weights", "calls")
-    elementwise: ClassVar[tuple[str, ...]] = ("squares",)
+    remembers: ClassVar[tuple[str, ...]] = ("roots", "first", "log_weights", "calls")
+    elementwise: ClassVar[tuple[str, ...]] = ("roots",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,19 +52,19 @@ class ExcessMTL(StatefulRowRule):
     def _begin(self, rows: Sequence[Tensor], names: Sequence[str] | None) -> Memory:
         K, lead = len(rows), rows[0]
         return {
-            "squares": lead.new_zeros(K, lead.numel()),
+            "roots": lead.new_zeros(K, lead.numel()),
             "first": lead.new_zeros(K),
             "log_weights": lead.new_zeros(K),
             "calls": torch.zeros((), dtype=torch.int64, device=lead.device),
         }
 
     def _step(self, rows: Sequence[Tensor], memory: Memory, names: Sequence[str] | None) -> tuple[Tensor, Memory]:
-        S = memory["squares"].clone()
+        S = memory["roots"].clone()
         E = torch.zeros_like(memory["first"])
         for start in range(0, S.shape[-1], CHUNK):
             J = torch.stack([row[start : start + CHUNK] for row in rows])
-            squares = S[:, start : start + CHUNK].addcmul_(J, J)
-            root = squares.sqrt()
+            root = S[:, start : start + CHUNK]
+            torch.hypot(root, J, out=root)
             E += torch.where(root > 0, J * (J / root.where(root > 0, 1.0)), 0.0).sum(-1)
         first = torch.where(memory["calls"] == 0, E, memory["first"])
         ratio = torch.where(first > 0, E / first.where(first > 0, 1.0), 0.0)
@@ -72,7 +73,7 @@ class ExcessMTL(StatefulRowRule):
         d = torch.zeros_like(rows[0])
         for row, weight in zip(rows, w.unbind(), strict=True):
             d.addcmul_(row, weight)
-        return d, {"squares": S, "first": first, "log_weights": log_weights, "calls": memory["calls"] + 1}
+        return d, {"roots": S, "first": first, "log_weights": log_weights, "calls": memory["calls"] + 1}
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return 1/K for each group."""

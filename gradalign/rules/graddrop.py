@@ -22,7 +22,8 @@ class GradDrop(Random, RowRule):
     P = (1 + sum_i g_i / sum_i norm(g_i)) / 2 for each element, U uniform on [0, 1]: the positive parts are kept where
     P > U, the negative where P < U. A leak l_i lets the share l_i of g_i through as it is.
 
-    Guarantees: the elements of d have the signs that were drawn; its mean over the draws is not the sum.
+    Guarantees: the elements of d have the signs that were drawn; with one leak for all, the mean of d over the draws is
+    the sum.
 
     Args:
         leak: Number, or one for each group, in [0, 1].

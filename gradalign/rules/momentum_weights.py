@@ -57,7 +57,7 @@ class MomentumWeights(StatefulRule):
         if momentum >= 1:
             raise ValueError(f"`momentum` must be in [0, 1), got {self.momentum!r}.")
         object.__setattr__(self, "momentum", momentum)
-        for declared in ("min_groups", "equivariant", "degree"):
+        for declared in ("min_groups", "equivariant", "degree", "rescales_anchor"):
             object.__setattr__(self, declared, getattr(self.rule, declared))
 
     def check_groups(self, num_groups: int, names: Sequence[str] | None) -> None:

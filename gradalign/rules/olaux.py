@@ -30,7 +30,8 @@ class OLAux(Anchored, StatefulRule):
         anchor: The main group's index or name.
 
     Note:
-        The call that completes a horizon already returns the new weights. G_aa = 0 adds nothing when ``relative``.
+        The call that completes a horizon already returns the new weights, one step before the authors' code does.
+        G_aa = 0 adds nothing when ``relative``.
 
     References:
         Lin et al., Adaptive Auxiliary Task Weighting for Reinforcement Learning, NeurIPS 2019, Algorithm 1.

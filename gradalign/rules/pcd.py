@@ -13,14 +13,15 @@ from gradalign.errors import finite_number
 from gradalign.rules.kinds import Anchored, Memory, StatefulRule
 from gradalign.solvers import nonnegative_quadratic, rounding, wide
 
-_FEASIBLE = 1e-8  # of the constraints' scale: a share that is missed by more cannot be had
+_MET = 1e-2  # of a share: what is missed by more cannot be had
+_ENDLESS = 1e3  # times the anchor's length: multipliers beyond it whose sum is rounding stand for none
 
 
 @dataclass(frozen=True, eq=False)
 class PCD(Anchored, StatefulRule):
     """Follow the anchor's gradient as closely as leaves every auxiliary the share tau of its own progress.
 
-    With h_i = g_i / sqrt(v_i), v_i the average of norm(g_i)^2 over the calls, decayed by beta and freed of its bias:
+    With h_i = g_i / sqrt(v_i), v_i the average of norm(g_i)^2 over the calls, decayed by beta:
     e = argmin of norm(e - h_a)^2 / 2 such that <h_k, e> >= tau norm(h_k)^2 for every auxiliary k;
     d = e norm(g_a) / norm(e).
 
@@ -34,7 +35,8 @@ class PCD(Anchored, StatefulRule):
 
     Note:
         Where the shares cannot be had together, say of opposite auxiliaries, they are dropped: d = g_a. The average
-        has no epsilon: a gradient that has always been zero has no share. Where e = 0, d = 0.
+        has no epsilon: a gradient that has always been zero has no share. The paper frees it of its bias, a common
+        factor that cancels in d. Where e = 0, d = 0.
 
     References:
         Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical Multi-Objective Optimization,
@@ -49,52 +51,52 @@ class PCD(Anchored, StatefulRule):
 
     name: ClassVar[str] = "pcd"
     min_groups: ClassVar[int] = 2
-    remembers: ClassVar[tuple[str, ...]] = ("squares", "calls")
+    remembers: ClassVar[tuple[str, ...]] = ("squares",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "tau", finite_number("tau", self.tau, 0.0, 1.0))
         beta = finite_number("beta", self.beta, 0.0, 1.0)
         if beta == 1:
-            raise ValueError(f"`beta` must be below 1, got {self.beta!r}; an average that never moves has no value.")
+            raise ValueError(f"`beta` must be in [0, 1), got {self.beta!r}; an average that never moves has no value.")
         object.__setattr__(self, "beta", beta)
 
     def _begin(self, G: Tensor) -> Memory:
-        return {
-            "squares": torch.zeros_like(G[..., 0]),
-            "calls": torch.zeros_like(G[..., 0, 0], dtype=torch.int64),
-        }
+        return {"squares": torch.zeros_like(G[..., 0])}
 
     def _step(self, G: Tensor, memory: Memory, names: Sequence[str] | None) -> tuple[Tensor, Memory]:
         a = self.anchor_index(G.shape[-1], names)
         now = G.diagonal(dim1=-2, dim2=-1).clamp(min=0)
-        squares = self.beta * memory["squares"] + (1 - self.beta) * now
-        calls = memory["calls"] + 1
-        average = wide(squares) / (1 - self.beta ** wide(calls)).unsqueeze(-1)
-        scale = torch.where(average > 0, average.rsqrt(), 0.0)
+        squares = memory["squares"].lerp(now, 1 - self.beta)
+        scale = torch.where(squares > 0, wide(squares).rsqrt(), 0.0)
         H = wide(G) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-        w = self._bent(H, a) * scale
-        square = (w * (wide(G) @ w.unsqueeze(-1)).squeeze(-1)).sum(-1, keepdim=True)
-        size = (w.abs() * wide(now).sqrt()).sum(-1, keepdim=True).square()
-        # A square that is rounding is the step of length zero.
-        some = square > rounding(G) * size
-        length = (wide(now)[..., a, None] / square.where(some, 1.0)).sqrt()
-        return torch.where(some, w * length, 0.0).to(G.dtype), {"squares": squares, "calls": calls}
+        w = self._bent(H, a, rounding(G)) * scale
+        length = (wide(now)[..., a, None] / _square(wide(G), w)).sqrt()
+        return torch.where(length.isfinite(), w * length, 0.0).to(G.dtype), {"squares": squares}
 
-    def _bent(self, H: Tensor, a: int) -> Tensor:
-        """Return the weights of e on the h, (..., K)."""
+    def _bent(self, H: Tensor, a: int, least: float) -> Tensor:
+        """Return the weights of e on the h, (..., K), zeros where e = 0."""
         only = torch.zeros_like(H[..., 0])
         only[..., a] = 1.0
-        shares = self.tau * H.diagonal(dim1=-2, dim2=-1) - H[..., a]
-        shares[..., a] = 0.0
+        sizes = H.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        shares = (self.tau * sizes.square() - H[..., a]) * (1 - only)
         among = H * (1 - only).unsqueeze(-1) * (1 - only).unsqueeze(-2)  # the anchor has no share, and no multiplier
         multipliers = nonnegative_quadratic(among, shares)
+        w = only + multipliers
+        total = (w * sizes).sum(-1, keepdim=True)
+        square = _square(H, w)
         missed = shares - (among @ multipliers.unsqueeze(-1)).squeeze(-1)
-        sizes = H.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-        largest = sizes.amax(-1, keepdim=True)
-        feasible = (missed <= _FEASIBLE * sizes * largest).all(-1, keepdim=True)
-        return only + multipliers.where(feasible, 0.0)
+        # Shares that exclude one another are missed, or are met by rounding alone, at the price of endless multipliers.
+        rounded = square <= least * total.square()
+        met = (missed <= _MET * self.tau * sizes.square() + least * sizes * total).all(-1, keepdim=True)
+        possible = met & ~(rounded & (total > _ENDLESS * sizes[..., a, None]))
+        return torch.where(possible, w.where(~rounded, 0.0), only)
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return ones: where all gradients agree, each loss makes its progress."""
         return (1.0,) * len(names)
+
+
+def _square(G: Tensor, w: Tensor) -> Tensor:
+    """Return w'Gw, (..., 1)."""
+    return (w * (G @ w.unsqueeze(-1)).squeeze(-1)).sum(-1, keepdim=True).clamp(min=0)

@@ -84,7 +84,9 @@ class SDMGrad(BatchedRule, StatefulRule):
     def _step(self, G: Tensor, memory: Memory, names: Sequence[str] | None) -> tuple[Tensor, Memory]:
         A = wide(self._between(G))
         p = fixed(self._preference(G.shape[-1]), A)
-        norm = A.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().mean(-1)
+        squares = A.diagonal(dim1=-2, dim2=-1)
+        norm = squares.clamp(min=0).sqrt().mean(-1)
+        norm = norm.where(norm > 0, squares.abs().sqrt().mean(-1))  # of batches that contradict each other throughout
         A = A / norm.where(norm > 0, 1.0).square()[..., None, None]
         w, velocity = wide(memory["weights"]), torch.zeros_like(p)
         for _ in range(self.iterations):

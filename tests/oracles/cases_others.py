@@ -54,7 +54,8 @@ def steps_from(J, seed, count=6):
 
 def perturbed(J, relative):
     """J with each row moved by this share of its norm."""
-    noise = torch.randn(J.shape, dtype=J.dtype, generator=generator(0))
+    # Of a seed that no draw has: noise along the draw's own would leave nearly parallel gradients on their line.
+    noise = torch.randn(J.shape, dtype=J.dtype, generator=generator(2**40 + 1))
     return J + relative * J.norm(dim=1, keepdim=True) / J.shape[1] ** 0.5 * noise
 
 

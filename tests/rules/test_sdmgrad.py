@@ -126,8 +126,10 @@ def test_agrees_with_torchjd(batches, data, seed):
     for step in steps_from(J, seed, count=3):
         parts = step.split(K)
         scale = (parts[0] * parts[min(1, batches - 1)]).sum(1).clamp(min=0).sqrt().mean()
+        A = parts[0] @ parts[min(1, batches - 1)].T
         assume(scale > 0.1)
-        w = theirs(parts[0] @ parts[min(1, batches - 1)].T)
+        assume((A.abs() < 10 * scale**2).all())  # longer steps magnify that difference from one to the next
+        w = theirs(A)
         # TorchJD divides by scale^2 + 1e-8, so its matrix is smaller by up to a part in 1e6, and so are its steps.
         assert_close(stepped_batch(parts).T @ w, step.T @ ours(gramian_of(step)), rtol=1e-5, atol=1e-5)
 
