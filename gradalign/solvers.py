@@ -10,14 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Added to the diagonal of a matrix of cosines, the first of them that makes it positive definite. The first is of the
-# order of the rounding of G, which can leave a singular G indefinite; the others are for what is more so than that.
-_RIDGES = (1e-14, 1e-12, 1e-9, 1e-6, 1e-3, 1.0, 1e3)
+from gradalign.active_set import SIGN, NonnegativeProgram, positive_ridge, times
 
 _NEWTON_STEPS = 64  # 6 to 10 are usual; nearly stationary losses need one more for each doubling of the weights
-_ROUNDS = 12  # block pivots, of which 3 to 6 are usual, before the slow and sure method takes over
+_LAST_CHANGE = 1e-9  # of a weight, relative, in the last step of Newton's method: its square is left
+_NEAR = 1e-3  # the same, where steps are known to square
 _INSIDE = 0.99  # of the way to the bound w = 0 that a step may take at most
-_SIGN = 1e-14  # what counts as negative, in units of the largest number that it is a sum of
 
 
 def wide(G: Tensor) -> Tensor:
@@ -58,7 +56,7 @@ def dual_cone_projection(G: Tensor, u: Tensor) -> Tensor:
     """
     G, u = wide(G), wide(u)
     C, norms, inverse = cosines(G)
-    x = _nonnegative(C, -_times(C, u * norms))
+    x = _nonnegative(C, -times(C, u * norms))
     return u + x * inverse
 
 
@@ -118,22 +116,24 @@ def best_move_in_ball(G: Tensor, p: Tensor, c: float) -> Tensor:
     Returns:
         x (..., K), in float64.
     """
-    G, p = wide(G), wide(p)
+    G, p = wide(G), wide(p).expand(G.shape[:-1])
     C, norms, inverse = cosines(G)
-    products = _times(C, p * norms)  # <g_0, g_i> / norm(g_i), g_0 = J'p
-    radius = c * (p * norms * products).sum(-1, keepdim=True).clamp(min=0).sqrt()
+    products = times(C, p * norms)  # <g_0, g_i> / norm(g_i), g_0 = J'p
+    square = (p * norms * products).sum(-1, keepdim=True)
+    some = square > rounding(G) * (p * norms).sum(-1, keepdim=True).square()  # else J'p = 0 as far as G tells
+    radius = c * square.where(some, 0.0).sqrt()
     # In the ball <g_i, d> is at most norm(g_i) (products_i + radius).
     margin = torch.where(norms > 0, norms * (products + radius), 0.0).amin(-1, keepdim=True)
-    x = torch.zeros_like(p)
+    x, least = torch.zeros_like(p), NonnegativeProgram(C, p.shape[:-1])
     for _ in range(_NEWTON_STEPS // 2):
-        x = _nonnegative(C, margin * inverse - products)
-        distance = (x * _times(C, x)).sum(-1, keepdim=True).clamp(min=0).sqrt()
+        x = least(margin * inverse - products)
+        distance = (x * times(C, x)).sum(-1, keepdim=True).clamp(min=0).sqrt()
         slope = (x * inverse).sum(-1, keepdim=True)  # of the squared distance in the margin, halved
-        moving = ((distance - radius).abs() > _SIGN * radius) & (slope > 0)
+        moving = ((distance - radius).abs() > SIGN * radius) & (slope > 0)
         margin = torch.where(moving, margin - (distance - radius) * distance / slope.where(moving, 1.0), margin)
         if G.device.type == "cpu" and not bool(moving.any()):
             break
-    return x * inverse
+    return torch.where(radius > 0, x * inverse, 0.0)
 
 
 def project_onto_simplex(w: Tensor) -> Tensor:
@@ -143,10 +143,10 @@ def project_onto_simplex(w: Tensor) -> Tensor:
         Held, Wolfe and Crowder, Validation of subgradient optimization, Mathematical Programming 6, 1974.
     """
     w = w - w.amax(-1, keepdim=True)  # the same point, without the rounding of large numbers
-    ordered = w.sort(-1, descending=True).values
-    excess = (ordered.cumsum(-1) - 1) / torch.arange(1, w.shape[-1] + 1, dtype=w.dtype, device=w.device)
-    last = (ordered > excess).sum(-1, keepdim=True) - 1
-    return (w - excess.gather(-1, last.clamp(min=0))).clamp(min=0)
+    counts = torch.arange(1, w.shape[-1] + 1, dtype=w.dtype, device=w.device)
+    # With the k largest left positive each of them loses this; the right k loses most.
+    losses = (w.sort(-1, descending=True).values.cumsum(-1) - 1) / counts
+    return (w - losses.amax(-1, keepdim=True)).clamp(min=0)
 
 
 def eigenvalues(G: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,9 +171,9 @@ def solve_consistently(C: Tensor, t: Tensor, least: float) -> Tensor:
     device on CUDA, for the eigenvalues.
     """
     L, V = eigenvalues(C)
-    along = _times(V.mT, t)
+    along = times(V.mT, t)
     kept = (least * L[..., -1:] < L) & (along.abs() > least * t.abs().amax(-1, keepdim=True))
-    return _times(V, torch.where(kept, along / L.where(kept, 1.0), 0.0))
+    return times(V, torch.where(kept, along / L.where(kept, 1.0), 0.0))
 
 
 def fair_weights(G: Tensor, exponent: float) -> Tensor:
@@ -190,24 +190,26 @@ def fair_weights(G: Tensor, exponent: float) -> Tensor:
     """
     G = wide(G)
     C, norms, inverse = cosines(G)
-    C = C + torch.diag_embed(_ridge(C).expand_as(norms))
+    C = C + torch.diag_embed(positive_ridge(C).expand_as(norms))
     # With w_i = x_i / norm_i and norms in units of the longest, up to a power of that unit: Cx = b x^(-exponent).
     unit = norms.amax(-1, keepdim=True)
     unit = unit.where(unit > 0, 1.0)
     b = torch.where(norms > 0, norms / unit, 1.0).pow(exponent - 1)
     x = b.pow(1 / (1 + exponent))  # the solution for orthogonal rows
+    done, last = torch.zeros_like(unit, dtype=torch.bool), torch.full_like(unit, torch.inf)
     for _ in range(_NEWTON_STEPS):
         pull = b * x.pow(-exponent)
-        slope = _times(C, x) - pull
-        floor = _SIGN * (_times(C.abs(), x) + pull)
-        done = (slope.abs() <= floor).all(-1, keepdim=True)
-        if x.device.type == "cpu" and bool(done.all()):
-            break
+        slope = times(C, x) - pull
         hessian = C + torch.diag_embed(exponent * pull / x)
         step = torch.linalg.solve_ex(hessian, -slope.unsqueeze(-1)).result.squeeze(-1)
-        room = (-step / x).amax(-1, keepdim=True)
-        step = step * (_INSIDE / room.clamp(min=_INSIDE))
+        step = step * (_INSIDE / (-step / x).amax(-1, keepdim=True).clamp(min=_INSIDE))
+        change = (step / x).abs().amax(-1, keepdim=True)
         x = torch.where(done, x, _advance(C, b, exponent, x, step, (slope * step).sum(-1, keepdim=True)))
+        # Near the minimum the change squares from step to step, until it is rounding, and stays.
+        done = done | (change <= _LAST_CHANGE) | ((change <= _NEAR) & (change >= last / 4))
+        last = change
+        if x.device.type == "cpu" and bool(done.all()):
+            break
     return x * inverse * unit.pow((exponent - 1) / (exponent + 1))
 
 
@@ -218,7 +220,7 @@ def _advance(C: Tensor, b: Tensor, exponent: float, x: Tensor, step: Tensor, slo
     """
 
     def climbs(y: Tensor, step: Tensor) -> Tensor:
-        return ((_times(C, y) - b * y.pow(-exponent)) * step).sum(-1, keepdim=True) > -slope / 2
+        return ((times(C, y) - b * y.pow(-exponent)) * step).sum(-1, keepdim=True) > -slope / 2
 
     whole = x + step
     if x.device.type == "cpu" and not bool(climbs(whole, step).any()):
@@ -230,121 +232,6 @@ def _advance(C: Tensor, b: Tensor, exponent: float, x: Tensor, step: Tensor, slo
     return chosen
 
 
-def _times(M: Tensor, x: Tensor) -> Tensor:
-    return (M @ x.unsqueeze(-1)).squeeze(-1)
-
-
 def _nonnegative(C: Tensor, f: Tensor) -> Tensor:
-    """Return argmin of x'Cx / 2 - f'x over x >= 0, for C with a unit diagonal.
-
-    With a ridge, C + r I, the program has one solution and every active set a regular matrix. One step of the proximal
-    point method, x <- argmin of the program + r/2 norm(x - last x)^2, then takes the ridge's trace away, unless it
-    would need another active set.
-    """
-    if C.shape[-1] == 1:
-        return f.clamp(min=0)
-    if C.shape[-1] == 2:
-        return _nonnegative_pair(C[..., 0, 1], f)
-    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
-    ridge = _ridge(C)
-    batch = torch.broadcast_shapes(C.shape[:-2], f.shape[:-1])
-    f = f.expand(*batch, f.shape[-1])
-    M = (C + ridge.unsqueeze(-1) * eye).expand(*batch, *C.shape[-2:])
-    x, active, done = _block_pivots(M, f, eye)
-    if f.device.type != "cpu":  # which of them are done is not asked: that would wait for the device
-        sure = _one_by_one(M, f, eye, x)
-        x, active = torch.where(done.unsqueeze(-1), x, sure), torch.where(done.unsqueeze(-1), active, sure > 0)
-    elif not bool(done.all()):
-        x[~done] = _one_by_one(M[~done], f[~done], eye, x[~done])
-        active[~done] = x[~done] > 0
-    closer = x + _solve_on(M, active, ridge * x, eye)
-    holds = ~_wrong(M, active, f + ridge * x, closer).any(-1, keepdim=True)
-    return torch.where(holds, closer, x).clamp(min=0)
-
-
-def _nonnegative_pair(c: Tensor, f: Tensor) -> Tensor:
-    """Return the minimum for K = 2 by cases, of which one holds: both positive, or one or none, the other zero."""
-    c = c.unsqueeze(-1)
-    both = (f - c * f.flip(-1)) / (1 - c * c).clamp(min=_RIDGES[0])
-    alone = f.clamp(min=0)
-    enough = c * alone >= f.flip(-1)  # the other's slack, where this one is positive alone
-    one = torch.where(enough, alone, 0.0)
-    # Where each is enough for the other, as for c = 1, the first one is taken.
-    one = torch.stack([one[..., 0], one[..., 1].where(~enough[..., 0], 0.0)], -1)
-    return torch.where((both > 0).all(-1, keepdim=True), both, one)
-
-
-def _ridge(C: Tensor) -> Tensor:
-    """Return the first of the ridges that makes C + r I positive definite, (..., 1)."""
-    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
-    if C.device.type == "cpu" and not bool(torch.linalg.cholesky_ex(C + _RIDGES[0] * eye).info.any()):
-        return C.new_full((*C.shape[:-2], 1), _RIDGES[0])
-    tried = torch.stack([C.new_full((), ridge) for ridge in _RIDGES])
-    fits = torch.linalg.cholesky_ex(C.unsqueeze(-3) + tried[:, None, None] * eye).info == 0
-    return tried.expand(fits.shape).gather(-1, fits.to(torch.int8).argmax(-1, keepdim=True))
-
-
-def _solve_on(M: Tensor, active: Tensor, f: Tensor, eye: Tensor) -> Tensor:
-    """Return x with M_AA x_A = f_A on the active set A, and zeros elsewhere."""
-    A = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), M, eye)
-    x: Tensor = torch.linalg.solve_ex(A, f.where(active, 0.0).unsqueeze(-1)).result
-    return x.squeeze(-1)
-
-
-def _threshold(f: Tensor, x: Tensor) -> Tensor:
-    """Return what a number must be below to count as negative, (..., 1)."""
-    return -_SIGN * (f.abs().amax(-1, keepdim=True) + x.shape[-1] * x.abs().amax(-1, keepdim=True))
-
-
-def _wrong(M: Tensor, active: Tensor, f: Tensor, x: Tensor) -> Tensor:
-    """Return where x, on the active set, or its slack Mx - f, off it, is negative."""
-    return torch.where(active, x, _times(M, x) - f) < _threshold(f, x)
-
-
-def _block_pivots(M: Tensor, f: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x, its active set, and where it is the minimum: exchange all indices of the wrong sign at once.
-
-    Fast, but it can go round in circles.
-
-    References:
-        Portugal, Judice and Vicente, A comparison of block pivoting and interior-point algorithms for linear least
-        squares problems with nonnegative variables, Mathematics of Computation 63, 1994.
-    """
-    active = f > 0
-    for left in reversed(range(_ROUNDS)):
-        x = _solve_on(M, active, f, eye)
-        wrong = _wrong(M, active, f, x)
-        if left == 0 or (f.device.type == "cpu" and not bool(wrong.any())):
-            break
-        active = active ^ wrong
-    return x, active, ~wrong.any(-1)
-
-
-def _one_by_one(M: Tensor, f: Tensor, eye: Tensor, start: Tensor) -> Tensor:
-    """Return x, positive on its active set: let the most negative slack's index in, step back where x meets a bound.
-
-    The objective falls with every step from the positive part of ``start``, so that no active set comes twice; at most
-    about K steps are usual.
-
-    References:
-        Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23.
-    """
-    active = start > 0
-    x = start.where(active, 0.0)
-    for _ in range(4 * f.shape[-1] + 8):
-        trial = _solve_on(M, active, f, eye)
-        out = active & (trial <= 0)
-        inside = ~out.any(-1, keepdim=True)
-        # Go towards the trial as far as x stays nonnegative; whoever meets its bound first leaves.
-        way = torch.where(out, x / (x - trial).where(out & (x > trial), 1.0), 1.0)
-        shortest = way.amin(-1, keepdim=True)
-        leaves = out & (way <= shortest)
-        x = torch.where(inside, trial, (x + shortest * (trial - x)).clamp(min=0).masked_fill(leaves, 0.0))
-        active = active & ~leaves
-        slack = torch.where(active, 0.0, _times(M, x) - f)
-        lowest = slack.argmin(-1, keepdim=True)
-        enters = inside & (slack.gather(-1, lowest) < _threshold(f, x))
-        if f.device.type == "cpu" and bool((inside & ~enters).all()):
-            break
-        active = active | (torch.zeros_like(active).scatter(-1, lowest, True) & enters)
-    return x
+    """Return argmin of x'Cx / 2 - f'x over x >= 0, for C with a unit diagonal."""
+    return NonnegativeProgram(C, torch.broadcast_shapes(C.shape[:-2], f.shape[:-1]))(f)

@@ -37,6 +37,7 @@ class AGEM(AnchoredRule):
 
     name: ClassVar[str] = "agem"
     min_groups: ClassVar[int] = 2
+    non_conflicting_groups: ClassVar[float] = 2
 
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
         a = self.anchor_index(G.shape[-1], names)

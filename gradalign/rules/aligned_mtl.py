@@ -65,9 +65,7 @@ class AlignedMTL(PreferenceRule):
             return L.where(kept, 0.0).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)
         if self.scale == "min":
             return torch.where(kept, L, torch.inf).amin(-1, keepdim=True).where(kept.any(-1, keepdim=True), 0.0)
-        first = (~kept).sum(-1, keepdim=True)  # kept are the last of an ascending order
-        rank = L.shape[-1] - first
-        last = L.shape[-1] - 1
-        low = L.gather(-1, (first + (rank - 1).clamp(min=0) // 2).clamp(max=last))
-        high = L.gather(-1, (first + rank // 2).clamp(max=last))
-        return ((low + high) / 2).where(rank > 0, 0.0)
+        # Kept are the last of an ascending order; of an even number the lower of the middle two is the median.
+        rank = kept.sum(-1, keepdim=True)
+        middle = L.shape[-1] - rank + (rank - 1).clamp(min=0) // 2
+        return L.gather(-1, middle.clamp(max=L.shape[-1] - 1)).where(rank > 0, 0.0)

@@ -18,11 +18,12 @@ from gradalign.solvers import eigenvalues, rounding, wide
 class ATTITTUD(AnchoredRule):
     """Weight the good, the bad and the neutral part of each auxiliary gradient by numbers of their own.
 
-    Directions v_1 .. v_r are the first left singular vectors of the basis groups' gradients. Of an auxiliary g, the
-    components <g, v_j> v_j with the sign of <g_a, v_j> are good, the others bad, and what is orthogonal to all v_j is
-    neutral: d = g_a + sum_k (good g_k+ + bad g_k- + neutral g_k0).
+    Directions v_1 .. v_r are the first right singular vectors of the basis groups' gradients, their rows. Of an
+    auxiliary g, the components <g, v_j> v_j with the sign of <g_a, v_j> are good, the others bad, and what is
+    orthogonal to all v_j is neutral: d = g_a + sum_k (good g_k+ + bad g_k- + neutral g_k0).
 
-    Guarantees: with bad = 0 and good >= 0, <d, g_a> >= norm(g_a)^2 where the basis spans g_a.
+    Guarantees: with bad <= 0 and good >= 0, <d, g_a> >= norm(g_a)^2 where the directions span g_a. The defaults are
+    twice AnchoredPCGrad(alpha=0.5).
 
     Args:
         rank: r, how many directions; None takes the rank of the basis.
@@ -36,7 +37,7 @@ class ATTITTUD(AnchoredRule):
     Note:
         The paper draws the basis by a randomised decomposition of the main task's gradients by example. Given as loss
         groups, directions, components and d are all combinations of rows, so that G is enough. A component of length
-        0 is good.
+        0, of either, is good. The decomposition waits for the device on CUDA.
 
     References:
         Dery et al., Auxiliary Task Update Decomposition: The Good, The Bad and The Neutral, ICLR 2021,

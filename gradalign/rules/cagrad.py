@@ -23,7 +23,7 @@ class CAGrad(PreferenceRule):
     g_0 for c < 1. Conflict is lessened, not excluded: Gw >= 0 need not hold.
 
     Args:
-        c: Radius of the ball in units of norm(g_0), in [0, 1]; 0 is the preferred sum, towards 1 it acts like MGDA.
+        c: Radius of the ball in units of norm(g_0), in [0, 1]; 0 is the preferred sum; MGDA lies beyond 1.
         preference: (K,) numbers >= 0; 1/K each where None.
         rescale: Divide the weights by 1 + c^2, an option of the authors' code.
 

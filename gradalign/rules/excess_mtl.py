@@ -27,8 +27,8 @@ class ExcessMTL(StatefulRowRule):
         lr: Step size of the weights, >= 0, dimensionless.
 
     Note:
-        Excess is in units of the first call's from that call on, so that the first weights are equal; the authors' code
-        takes the first one raw. No epsilon is added: where S_i = 0 there is no excess, and a group whose first
+        The authors' code uses the first call for the unit alone, adds an epsilon to it, and scales the weights to the
+        sum K. No epsilon is added: where S_i = 0 there is no excess, and a group whose first
         gradient was zero has none. sqrt(S) is what is kept, for squares would under- and overflow; it
         costs K gradients of memory, in the rule's state.
 

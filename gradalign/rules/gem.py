@@ -20,7 +20,8 @@ class GEM(AnchoredRule):
 
     With M the others' rows, v = argmin of v'(MM' + eI)v / 2 + (Mg)'v over v >= margin, and d = g + M'v.
 
-    Guarantees: <d, g_k> >= -e v_k for every k; with ridge = 0, Md >= 0 and d is the nearest such direction to g.
+    Guarantees: <d, g_k> >= -e v_k for every k; with ridge = 0, Md >= 0, and with margin = 0 too
+    d is the nearest such direction to g.
 
     Args:
         margin: Least weight of every memory, >= 0, dimensionless; a bias towards what must not be forgotten.
@@ -28,8 +29,9 @@ class GEM(AnchoredRule):
         anchor: The index or name of the task that is learnt; the others are what must not be forgotten.
 
     Note:
-        The paper's e is absolute; in units of the squared norms it acts alike at any scale. The authors' code solves
-        the program only where some memory conflicts; with margin = 0 that is the same, with a margin every step has it.
+        e and the margin as a bound are the authors' code's; there e is absolute, here in units of the squared norms, so
+        that it acts alike at any scale. That code solves the program only where some memory conflicts; with margin = 0
+        that is the same, with a margin every step has it.
 
     References:
         Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017, arXiv:1706.08840,

@@ -20,10 +20,10 @@ class GradDrop(Random, RowRule):
     """Keep, element by element, the gradients of one sign, positive with probability P, and add them.
 
     P = (1 + sum_i g_i / sum_i norm(g_i)) / 2 for each element, U uniform on [0, 1]: the positive parts are kept where
-    P > U, the negative where P < U. A leak l_i lets the share l_i of g_i through as it is.
+    P > U, the negative where not. A leak l_i lets the share l_i of g_i through as it is.
 
-    Guarantees: the elements of d have the signs that were drawn; with one leak for all, the mean of d over the draws is
-    the sum.
+    Guarantees: without leak the elements of d have the signs that were drawn; with one leak for all, the mean of d over
+    the draws is the sum.
 
     Args:
         leak: Number, or one for each group, in [0, 1].
@@ -70,7 +70,8 @@ class GradDrop(Random, RowRule):
             size += row.abs()
         purity = torch.where(size > 0, 1 + total / size.where(size > 0, 1.0), 1.0) / 2
         draws = self._uniform(rows[0])
-        positive, negative = purity > draws, purity < draws
+        positive = purity > draws
+        negative = ~positive  # where P = U = 0 too: of all negative gradients none is dropped
         d = torch.zeros_like(total)
         leaks = self.leak if isinstance(self.leak, tuple) else (self.leak,) * len(rows)
         for row, leak in zip(rows, leaks, strict=True):

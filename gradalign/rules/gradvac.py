@@ -24,7 +24,7 @@ class GradVac(Random, StatefulRule):
     sqrt(1 - t^2)), after which the cosine is t; then t_ij <- (1 - beta) t_ij + beta phi, at every pair. w is the sum
     of the K vectors c.
 
-    Guarantees: none about conflict beyond Pproductsrad's, which the first call equals, for the targets begin at 0.
+    Guarantees: none about conflict beyond PCGrad's, which the first call equals, for the targets begin at 0.
 
     Args:
         beta: Share of the present cosine in the targets, in [0, 1].
@@ -37,7 +37,7 @@ class GradVac(Random, StatefulRule):
         Wang et al., Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively Multilingual
         Models, ICLR 2021, arXiv:2010.05874, Algorithm 1.
 
-    >>> GradVac()(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))  # the first call: Pproductsrad
+    >>> GradVac()(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))  # the first call: PCGrad
     tensor([2.0000, 1.2500])
     """
 
@@ -55,28 +55,39 @@ class GradVac(Random, StatefulRule):
         return {"targets": torch.zeros_like(G)}
 
     def _step(self, G: Tensor, memory: Memory, names: Sequence[str] | None) -> tuple[Tensor, Memory]:
+        K = G.shape[-1]
         orders = self._orders(G)
         targets = memory["targets"].gather(-1, orders)  # (..., K, K - 1): each pair comes once
         t = targets.clamp(max=_PARALLEL)
-        cotangents = t / (1 - t * t).sqrt()
         norms = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2).expand_as(G).gather(-1, orders)
-        C = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand(G.shape).clone()  # row i: group i's c
-        products = G.clone()
-        seen = []
-        for n, j in enumerate(orders.unbind(-1)):  # (..., K): for each group i the next j
-            at, norm = j.unsqueeze(-1), norms[..., n]
+        inverse = torch.where(norms > 0, 1 / norms, 0.0)  # 0 for a zero gradient: no step towards it
+        others = G.unsqueeze(-3).expand(*G.shape, K).gather(-2, orders.unsqueeze(-1).expand(*orders.shape, K))
+        rounds = zip(
+            orders.unsqueeze(-1).unbind(-2),
+            t.unbind(-1),
+            (t / (1 - t * t).sqrt()).unbind(-1),
+            inverse.unbind(-1),
+            others.unbind(-2),
+            strict=True,
+        )
+        C = torch.eye(K, dtype=G.dtype, device=G.device).expand(G.shape).clone()  # row i: group i's c
+        products = G.clone()  # C G
+        cosines, lengths = [], []
+        for at, target, cotangent, inverse_norm, row in rounds:  # at (..., K, 1): for each group i the next j
             length = (C * products).sum(-1).clamp(min=0).sqrt()
-            exists = (length > 0) & (norm > 0)
-            phi = (products.gather(-1, at).squeeze(-1) / (length * norm).where(exists, 1.0)).clamp(-1.0, 1.0)
-            step = length * (cotangents[..., n] * (1 - phi * phi).sqrt() - phi) / norm.where(exists, 1.0)
-            step = torch.where(exists & (phi < t[..., n]), step, 0.0).unsqueeze(-1)
+            along = products.gather(-1, at).squeeze(-1) * inverse_norm
+            phi = torch.where(length > 0, along / length, 0.0).clamp(-1.0, 1.0)
+            step = length * inverse_norm * (cotangent * (1 - phi * phi).sqrt() - phi)
+            step = torch.where(phi < target, step, 0.0).unsqueeze(-1)
             C.scatter_add_(-1, at, step)
-            products.addcmul_(step, G.gather(-2, at.expand_as(G)))
-            seen.append(torch.where(exists, phi, targets[..., n]))
-        if seen:
-            moved = targets.lerp(torch.stack(seen, -1), self.beta)
-            memory = {"targets": memory["targets"].scatter(-1, orders, moved)}
-        return C.sum(-2), memory
+            products.addcmul_(step, row)
+            cosines.append(phi)
+            lengths.append(length)
+        if K == 1:
+            return C.sum(-2), memory
+        seen = (torch.stack(lengths, -1) > 0) & (norms > 0)
+        moved = torch.where(seen, targets.lerp(torch.stack(cosines, -1), self.beta), targets)
+        return C.sum(-2), {"targets": memory["targets"].scatter(-1, orders, moved)}
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return ones: without conflict the first step is the sum."""

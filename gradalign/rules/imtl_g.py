@@ -35,6 +35,7 @@ class IMTLG(Rule):
     """
 
     name: ClassVar[str] = "imtl-g"
+    non_conflicting_groups: ClassVar[float] = 2
 
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
         C, norms, inverse = cosines(wide(G))

@@ -252,7 +252,7 @@ class StatefulRule(Stateful, Rule):
 
     @abstractmethod
     def _begin(self, G: Tensor) -> Memory:
-        """Return the memory before the first call, tensors (..., *) with the leading dimensions of G."""
+        """Return the memory before the first call, tensors with the leading dimensions of G."""
 
     @abstractmethod
     def _step(self, G: Tensor, memory: Memory, names: Sequence[str] | None) -> tuple[Tensor, Memory]:

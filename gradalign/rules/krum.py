@@ -20,7 +20,7 @@ class Krum(Rule):
     The score of g_i is the sum of the K - f - 2 least norm(g_i - g_j)^2 = G_ii + G_jj - 2 G_ij over j != i, with
     f = ``num_byzantine``; w = 1/m for the m lowest scores, 0 for the others. With m = 1 it is Krum, else Multi-Krum.
 
-    Guarantees: none about conflict; resists f gradients that are anything at all, where K > 2 f + 2.
+    Guarantees: none about conflict; resists f gradients that are anything finite, where K > 2 f + 2.
 
     Args:
         num_byzantine: f >= 0, how many groups may be broken.

@@ -33,6 +33,7 @@ class MoCo(StatefulRowRule):
             the losses' scale. False is the paper's, where gamma has the unit of 1 / squared gradient norm.
 
     Note:
+        The algorithm as it is printed; implementations differ in scaling gradients by losses and in the projection.
         The averages begin at the first gradients. They cost K gradients of memory, in the rule's state.
 
     References:

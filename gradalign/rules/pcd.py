@@ -25,8 +25,9 @@ class PCD(Anchored, StatefulRule):
     e = argmin of norm(e - h_a)^2 / 2 such that <h_k, e> >= tau norm(h_k)^2 for every auxiliary k;
     d = e norm(g_a) / norm(e).
 
-    Guarantees: <d, g_k> >= 0 for every auxiliary wherever the shares can be had together; norm(d) = norm(g_a). Scaling
-    one auxiliary's loss changes nothing.
+    Guarantees: <d, g_k> >= 0 for every auxiliary wherever the shares can be had together; norm(d) = norm(g_a) unless
+    e = 0. The anchor's own loss may rise, and d even be -g_a, where the shares take it that far. Scaling one
+    auxiliary's loss changes nothing.
 
     Args:
         tau: The share, in [0, 1], dimensionless.
@@ -39,8 +40,8 @@ class PCD(Anchored, StatefulRule):
         factor that cancels in d. Where e = 0, d = 0.
 
     References:
-        Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical Multi-Objective Optimization,
-        TMLR 2026, arXiv:2606.29521.
+        Varam and AlHajri, Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical
+        Multi-Objective Optimization, 2026, arXiv:2606.29521.
 
     >>> PCD(tau=0.5)(torch.tensor([[1.0, 0.0], [0.0, 9.0]]))  # e = h_a + h_k / 2, of length sqrt(5) / 2
     tensor([0.8944, 0.1491])

@@ -23,7 +23,8 @@ class SDMGrad(BatchedRule, StatefulRule):
     ``iterations`` times v <- momentum v + A (w + lam p), w <- Proj(w - lr v); the weights are
     (w + lam p) / (1 + lam). A = G, or of two batches J_1 J_2' (see ``batches``), divided by the squared mean norm.
 
-    Guarantees: none about conflict; in the limit of many iterations d minimises norm(J'(w + lam p)), MGDA for lam = 0.
+    Guarantees: none about conflict. For lr small enough, and many iterations, d minimises norm(J'(w + lam p)), MGDA for
+    lam = 0; the default lr is the authors', and too long for that.
 
     Args:
         lam: The paper's lambda, weight of the preference, >= 0.

@@ -18,7 +18,7 @@ from gradalign.rules.rows import CHUNK, RowRule
 class TrimmedMean(RowRule):
     """Drop, element by element, the ``trim`` largest and the ``trim`` smallest, and average the rest.
 
-    Guarantees: none about conflict; resists ``trim`` groups that are anything at all, NaN excepted.
+    Guarantees: none about conflict; resists ``trim`` groups that are anything finite.
 
     Args:
         trim: How many are dropped at either end, >= 0.

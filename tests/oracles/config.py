@@ -15,7 +15,7 @@ def aligned_gradient(J, preference=None, rtol=1e-8):
     units = J / norms.where(norms > 0, 1.0)
     shares = torch.ones(K, dtype=J.dtype) if preference is None else K * preference
     x = torch.linalg.pinv(units, rtol=rtol) @ shares
-    if x.norm() == 0:
-        return x
+    if x.norm() <= 1e-12 * shares.norm():  # opposites: what is left is rounding, and no direction
+        return torch.zeros_like(x)
     x = x / x.norm()
     return sum(g @ x for g in J) * x

@@ -22,6 +22,8 @@ def aligned_gradient(J, max_norm=None):
         return None
     basis = torch.linalg.qr(units.T).Q
     d = newton_ascent(units @ basis, basis.T @ x, lambda products: 1 / products, lambda products: -(products**-2))
+    if d is None:
+        return None
     d = basis @ d
     return d if max_norm is None else d * min(1.0, max_norm / d.norm().item())
 

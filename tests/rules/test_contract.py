@@ -101,6 +101,7 @@ def test_permuting_the_groups_leaves_the_step_as_it_is(name, data):
     if name == "aligned-mtl":  # every eigenvalue carries the rounding of the largest, and its scale is the least
         values = torch.linalg.svdvals(J)
         assume(not ((values > 1e-12 * values[0]) & (values < 1e-4 * values[0])).any())
+        assume(make(name, len(G))(G).norm() > 1e-12)  # the preferred sum cancels: what is left is rounding
     assert_same_step(J[order], permuted(name, G, order), make(name, len(G))(G)[order])
 
 
