@@ -14,7 +14,6 @@ from gradalign.active_set import SIGN, NonnegativeProgram, positive_ridge, times
 
 _NEWTON_STEPS = 64  # 6 to 10 are usual; nearly stationary losses need one more for each doubling of the weights
 _LAST_CHANGE = 1e-9  # of a weight, relative, in the last step of Newton's method: its square is left
-_NEAR = 1e-3  # the same, where steps are known to square
 _INSIDE = 0.99  # of the way to the bound w = 0 that a step may take at most
 
 
@@ -124,15 +123,22 @@ def best_move_in_ball(G: Tensor, p: Tensor, c: float) -> Tensor:
     radius = c * square.where(some, 0.0).sqrt()
     # In the ball <g_i, d> is at most norm(g_i) (products_i + radius).
     margin = torch.where(norms > 0, norms * (products + radius), 0.0).amin(-1, keepdim=True)
+    ceiling = torch.where(norms > 0, torch.inf, 0.0).amin(-1, keepdim=True)  # a zero row's margin is 0
     x, least = torch.zeros_like(p), NonnegativeProgram(C, p.shape[:-1])
     for _ in range(_NEWTON_STEPS // 2):
         x = least(margin * inverse - products)
         distance = (x * times(C, x)).sum(-1, keepdim=True).clamp(min=0).sqrt()
         slope = (x * inverse).sum(-1, keepdim=True)  # of the squared distance in the margin, halved
         moving = ((distance - radius).abs() > SIGN * radius) & (slope > 0)
-        margin = torch.where(moving, margin - (distance - radius) * distance / slope.where(moving, 1.0), margin)
+        moving = moving & ((margin < ceiling) | (distance > radius))
+        lower = margin - (distance - radius) * distance / slope.where(moving, 1.0)
+        margin = torch.where(moving, lower.minimum(ceiling), margin)
         if G.device.type == "cpu" and not bool(moving.any()):
             break
+    # Where some w >= 0 has J'w = 0 no margin can be had, but rounding grants one, at the price of an endless x.
+    endless = rounding(G) * (x * norms.sign()).sum(-1, keepdim=True).square() > radius.square()
+    if G.device.type != "cpu" or bool(endless.any()):
+        x = torch.where(endless, least(-products), x)
     return torch.where(radius > 0, x * inverse, 0.0)
 
 
@@ -196,20 +202,19 @@ def fair_weights(G: Tensor, exponent: float) -> Tensor:
     unit = unit.where(unit > 0, 1.0)
     b = torch.where(norms > 0, norms / unit, 1.0).pow(exponent - 1)
     x = b.pow(1 / (1 + exponent))  # the solution for orthogonal rows
-    done, last = torch.zeros_like(unit, dtype=torch.bool), torch.full_like(unit, torch.inf)
+    done, magnitudes = torch.zeros_like(unit, dtype=torch.bool), C.abs()
     for _ in range(_NEWTON_STEPS):
         pull = b * x.pow(-exponent)
         slope = times(C, x) - pull
+        done = done | (slope.abs() <= 2 * SIGN * (times(magnitudes, x) + pull)).all(-1, keepdim=True)
+        if x.device.type == "cpu" and bool(done.all()):
+            break
         hessian = C + torch.diag_embed(exponent * pull / x)
         step = torch.linalg.solve_ex(hessian, -slope.unsqueeze(-1)).result.squeeze(-1)
         step = step * (_INSIDE / (-step / x).amax(-1, keepdim=True).clamp(min=_INSIDE))
-        change = (step / x).abs().amax(-1, keepdim=True)
-        x = torch.where(done, x, _advance(C, b, exponent, x, step, (slope * step).sum(-1, keepdim=True)))
-        # Near the minimum the change squares from step to step, until it is rounding, and stays.
-        done = done | (change <= _LAST_CHANGE) | ((change <= _NEAR) & (change >= last / 4))
-        last = change
-        if x.device.type == "cpu" and bool(done.all()):
-            break
+        moved = torch.where(done, x, _advance(C, b, exponent, x, step, (slope * step).sum(-1, keepdim=True)))
+        done = done | ((step / x).abs().amax(-1, keepdim=True) <= _LAST_CHANGE)
+        x = moved
     return x * inverse * unit.pow((exponent - 1) / (exponent + 1))
 
 

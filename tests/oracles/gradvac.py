@@ -9,7 +9,7 @@ def aligned_gradients(steps, orders, beta):
     """The sums of the altered gradients, one for each step; orders[t][i] are the j that group i meets at step t.
 
     phi, the cosine, compares the altered g_i with the plain g_j. It has no value where one of them is 0: nothing is
-    altered there, and the pair's target stays.
+    altered there, and the pair's target stays. What opposite gradients leave of one another, rounding, counts as 0.
     """
     K = len(steps[0])
     target = [[0.0] * K for _ in range(K)]
@@ -20,7 +20,7 @@ def aligned_gradients(steps, orders, beta):
             altered = J[i].clone()
             for j in order[i]:
                 g, length = J[j], altered.norm().item()
-                if length == 0 or g.norm() == 0:
+                if length <= 1e-12 * J[i].norm() or g.norm() == 0:
                     continue
                 phi = ((altered / length) @ (g / g.norm())).clamp(-1, 1).item()
                 aim = target[i][j]

@@ -8,17 +8,15 @@ import torch
 def aligned_gradient(J):
     """The closed form: a_2..a_K = g_1 U' (D U')^-1 with rows g_1 - g_i in D and u_1 - u_i in U, a_1 = 1 - their sum.
 
-    D U' has to be regular, as it is where the gradients are independent and the projections are not all 0: else None.
+    None where the gradients are dependent: then D U' is singular, or the projections are equal for being all 0, d = 0.
     """
-    if not bool((J.norm(dim=1) > 0).all()):
+    units = J / J.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    if torch.linalg.matrix_rank(units, rtol=1e-6) < len(J):
         return None
-    units = J / J.norm(dim=1, keepdim=True)
     if len(J) == 1:
         return J[0].clone()
     D = J[:1] - J[1:]
     U = units[:1] - units[1:]
-    if torch.linalg.cond(U @ U.T) > 1e10 or torch.linalg.cond((D @ U.T) / J.norm(dim=1).max()) > 1e12:
-        return None
     others = torch.linalg.solve((D @ U.T).T, U @ J[0])
     return (1 - others.sum()) * J[0] + others @ J[1:]
 

@@ -91,12 +91,10 @@ def test_parallel_opposite_and_zero_gradients():
     assert_close(ConFIG()(torch.zeros(2, 2)), torch.zeros(2))
 
 
-@given(J=gradients(min_groups=2, max_groups=5), seed=st.integers(0, 99))
+@given(J=INDEPENDENT, seed=st.integers(0, 99))
 def test_agrees_with_torchjd(J, seed):
-    assume_clear_rank(J)
-    assume(bool((J.norm(dim=1) > 0).all()))
+    assume(torch.linalg.cond(unit_rows(J)) < 1e3)  # of dependent gradients it counts some rounding as a direction
     p = torch.rand(len(J), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    assume((torch.linalg.pinv(unit_rows(J), rtol=1e-8) @ p).norm() > 1e-6)  # it scales rounding up to a direction
     assert_agrees(J, ConFIG(preference=p)(gramian_of(J)), TorchJDConFIG(p)(J))
 
 

@@ -30,7 +30,7 @@ def test_agrees_with_the_fairest_step_over_raw_gradients(J, scale, alpha):
     assert_agrees(J, FairGrad(alpha)(gramian_of(J)), fairgrad.aligned_gradient(J, alpha))
 
 
-@given(J=gradients(), scale=SCALES, alpha=ALPHAS)
+@given(J=gradients(), scale=SCALES, alpha=st.sampled_from([0.5, 1.0, 2.0]))
 def test_solves_its_equation(J, scale, alpha):
     J = J * scale
     assume_a_bargain(J)
