@@ -10,7 +10,7 @@ with a Gramian of its own. Printed is how far each start ends from the Pareto fr
 The problem is that of Liu et al., 2021, arXiv:2110.14048, as its code has it, whose three starts are the first three
 here; it takes 100,000 steps of Adam at 1e-3. The last two starts are from Navon et al., 2022, arXiv:2202.01017, who
 take 35,000 steps at 1e-3 and multiply f1 by 0.1 (--scale 0.1). With Adam a coordinate goes about the learning rate in
-a step: 20,000 steps at 2e-3, the default here, go as far as 40,000 at 1e-3. All rules take some 20 minutes on one core.
+a step: 20,000 steps at 2e-3, the default here, go as far as 40,000 at 1e-3. All rules take 20 to 25 minutes, one core.
 """
 
 from __future__ import annotations

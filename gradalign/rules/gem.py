@@ -53,19 +53,22 @@ class GEM(AnchoredRule):
         object.__setattr__(self, "ridge", finite_number("ridge", self.ridge, 0.0))
 
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
-        K = G.shape[-1]
-        a = self.anchor_index(K, names)
-        others = [k for k in range(K) if k != a]
-        M = wide(G)[..., others, :][..., others]  # the others' Gramian, MM'
+        a = self.anchor_index(G.shape[-1], names)
+        W = wide(G)
+        M = _without(_without(W, a, -2), a, -1)  # the others' Gramian, MM'
         squares = M.diagonal(dim1=-2, dim2=-1)
         H = M + torch.diag_embed((self.ridge * squares.mean(-1, keepdim=True)).expand_as(squares))
         # With v = margin + x the bound is x >= 0.
-        x = nonnegative_quadratic(H, -wide(G)[..., a, others] - self.margin * H.sum(-1))
-        w = torch.ones_like(G[..., 0])
-        w[..., others] = (self.margin + x).to(G.dtype)
-        return w
+        x = nonnegative_quadratic(H, -_without(W[..., a], a, -1) - self.margin * H.sum(-1))
+        v = (self.margin + x).to(G.dtype)
+        return torch.cat([v[..., :a], torch.ones_like(G[..., :1, 0]), v[..., a:]], -1)
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return 1 for the anchor and ``margin`` for the others: without conflict they are only watched."""
         a = self.anchor_index(len(names), names)
         return tuple(1.0 if k == a else self.margin for k in range(len(names)))
+
+
+def _without(G: Tensor, a: int, dim: int) -> Tensor:
+    """Return G without the a-th of a dimension, by slices: an index would be copied to the device."""
+    return torch.cat([G.narrow(dim, 0, a), G.narrow(dim, a + 1, G.shape[dim] - a - 1)], dim)

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from gradalign.rules import AGEM
 from tests.oracles.agem import agem
-from tests.oracles.cases_others import assert_agrees, well_posed
+from tests.oracles.agreement import assert_agrees, well_posed
 from tests.strategies import SCALES, gradients, gramian_of
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from gradalign.rules import AnchoredPCGrad
+from tests.oracles.agreement import assert_agrees
 from tests.oracles.anchored_pcgrad import anchored_pcgrad
-from tests.oracles.cases_others import assert_agrees
 from tests.strategies import SCALES, gradients, gramian_of
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from gradalign.rules import ATTITTUD, AnchoredPCGrad
+from tests.oracles.agreement import assert_agrees, well_posed
 from tests.oracles.attittud import attittud
-from tests.oracles.cases_others import assert_agrees, well_posed
 from tests.strategies import SCALES, full_rank, gradients, gramian_of
 
 SHARES = {"good": 1.5, "bad": -0.5, "neutral": 0.25}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from gradalign.rules import Bloop
+from tests.oracles.agreement import assert_close_for, steps_from
 from tests.oracles.bloop import Bloop as Paper
-from tests.oracles.cases_others import assert_close_for, steps_from
 from tests.strategies import SCALES, gradients
 
 

@@ -28,7 +28,7 @@ def test_agrees_with_the_best_step_in_the_ball_of_raw_gradients(J, scale, c, see
     # Pareto-stationary losses can have many best steps; the next test compares what those are worth.
     assume(mgda.aligned_gradient(J).norm() > 1e-3 * J.norm(dim=1).min())
     # All but stationary still: a difference of 1e-16 in G is one of 1e-16 / 1e-6 here.
-    assert_agrees(J, CAGrad(c, preference=p)(gramian_of(J)), cagrad.aligned_gradient(J, c, p), rtol=0, atol=1e-7)
+    assert_agrees(J, CAGrad(c, preference=p)(gramian_of(J)), cagrad.aligned_gradient(J, c, p), tolerance=1e-7)
 
 
 @given(J=gradients(), scale=SCALES, c=RADII)
@@ -118,7 +118,7 @@ def test_stationary_losses_with_room_for_no_harm_get_no_long_weights():
 def test_agrees_with_torchjd(J, c):
     theirs = CAGradWeighting(c, norm_eps=0.0)(gramian_of(J))
     # Its interior-point solver stops at a gap of 1e-8, which leaves the weights half as many digits.
-    assert_agrees(J, CAGrad(c)(gramian_of(J)), J.T @ theirs, rtol=0, atol=1e-3)
+    assert_agrees(J, CAGrad(c)(gramian_of(J)), J.T @ theirs, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("c", [-0.1, 1.1, math.nan])

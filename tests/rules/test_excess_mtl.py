@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torchjd.aggregation import ExcessMTL as Peer
 
 from gradalign.rules import ExcessMTL
-from tests.oracles.cases_others import assert_close_for, steps_from
+from tests.oracles.agreement import assert_close_for, steps_from
 from tests.oracles.excess_mtl import ExcessMTL as Paper
 from tests.strategies import SCALES, full_rank, gradients
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from gradalign.rules import AGEM, GEM
-from tests.oracles.cases_others import assert_agrees, well_posed
+from tests.oracles.agreement import assert_agrees, well_posed
 from tests.oracles.gem import gem
 from tests.strategies import SCALES, full_rank, gradients, gramian_of
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torchjd.aggregation import KrumWeighting
 
 from gradalign.rules import Krum
-from tests.oracles.cases_others import assert_agrees
+from tests.oracles.agreement import assert_agrees
 from tests.oracles.krum import krum, krum_scores
 from tests.strategies import SCALES, gradients, gramian_of
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradalign.rules import Constant, Mean, Sum
-from tests.oracles.cases_others import assert_agrees
+from tests.oracles.agreement import assert_agrees
 from tests.oracles.linear import gradient_mean, gradient_sum, weighted_sum
 from tests.strategies import SCALES, gradients, gramian_of
 

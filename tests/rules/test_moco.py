@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from gradalign.rules import MoCo, MoDo
-from tests.oracles.cases_others import assert_close_for, steps_from
+from tests.oracles.agreement import assert_close_for, steps_from
 from tests.oracles.moco import MoCo as Paper
 from tests.strategies import SCALES, full_rank, gradients
 

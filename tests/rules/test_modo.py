@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torchjd.aggregation import MoDoWeighting
 
 from gradalign.rules import MoDo
-from tests.oracles.cases_others import assert_close_for, steps_from
+from tests.oracles.agreement import assert_close_for, steps_from
 from tests.oracles.modo import MoDo as Paper
 from tests.oracles.modo import project_on_simplex, stepped_batch
 from tests.strategies import SCALES, full_rank, gradients, gramian_of

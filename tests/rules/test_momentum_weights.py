@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from torchjd.aggregation import CRMOGMWeighting, PCDWeighting
 
 from gradalign.rules import PCD, CosineGate, MomentumWeights, OLAux, PCGrad
-from tests.oracles.cases_others import assert_agrees, gate_weights, steps_from
+from tests.oracles.agreement import assert_agrees, steps_from
+from tests.oracles.cases_others import gate_weights
 from tests.oracles.weightings import momentum_weighting
 from tests.strategies import SCALES, full_rank, gradients, gramian_of
 

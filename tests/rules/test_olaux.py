@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from gradalign.rules import OLAux
-from tests.oracles.cases_others import assert_agrees, steps_from
+from tests.oracles.agreement import assert_agrees, steps_from
 from tests.oracles.olaux import OLAux as Paper
 from tests.strategies import SCALES, gradients, gramian_of
 

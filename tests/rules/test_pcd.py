@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torchjd.aggregation import PCDWeighting
 
 from gradalign.rules import PCD
-from tests.oracles.cases_others import assert_agrees, steps_from, well_posed
+from tests.oracles.agreement import assert_agrees, steps_from, well_posed
 from tests.oracles.pcd import Paper
 from tests.strategies import SCALES, gradients, gramian_of
 

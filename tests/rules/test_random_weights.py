@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from gradalign.rules import RandomWeights
-from tests.oracles.cases_others import assert_agrees
+from tests.oracles.agreement import assert_agrees
 from tests.oracles.weightings import random_weighting
 from tests.strategies import SCALES, gradients, gramian_of
 

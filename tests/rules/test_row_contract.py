@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from gradalign import rules
 from gradalign.rules.kinds import Random, Stateful
-from tests.oracles.cases_others import steps_from
+from tests.oracles.agreement import steps_from
 from tests.strategies import SCALES, full_rank, gradients
 
 CLASSES = [rule for rule in vars(rules).values() if isinstance(rule, type) and issubclass(rule, rules.RowRule)]

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torchjd.aggregation import SDMGradWeighting
 
 from gradalign.rules import SDMGrad
-from tests.oracles.cases_others import assert_close_for, steps_from, well_posed
+from tests.oracles.agreement import assert_close_for, steps_from, well_posed
 from tests.oracles.modo import stepped_batch
 from tests.oracles.sdmgrad import SDMGrad as Paper
 from tests.strategies import SCALES, full_rank, gradients, gramian_of

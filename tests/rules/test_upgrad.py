@@ -18,7 +18,7 @@ from tests.strategies import SCALES, full_rank, gradients, gramian_of
 def test_agrees_with_the_projections_of_raw_gradients(J, scale, seed):
     J, p = J * scale, preferences(len(J), seed)
     # What is left of gradients that all but cancel is known from G up to the root of its rounding.
-    assert_agrees(J, UPGrad(preference=p)(gramian_of(J)), dual_cone.upgrad(J, p), rtol=0, atol=1e-7)
+    assert_agrees(J, UPGrad(preference=p)(gramian_of(J)), dual_cone.upgrad(J, p), tolerance=1e-7)
 
 
 def test_published_example():
@@ -46,7 +46,7 @@ def test_is_linear_in_the_length_of_each_gradient(J, factor):
     expected = without.T @ UPGrad(preference=p)(gramian_of(without)) + factor * (
         J.T @ UPGrad(preference=alone)(gramian_of(J))
     )
-    assert_agrees(longer, UPGrad()(gramian_of(longer)), expected, rtol=0, atol=1e-9)
+    assert_agrees(longer, UPGrad()(gramian_of(longer)), expected, tolerance=1e-9)
 
 
 def test_by_hand():
