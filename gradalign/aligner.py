@@ -318,7 +318,7 @@ class GradientAligner(WrappedOptimizer):
                 ' look at that loss, or pass nonfinite="skip" to leave such steps out, "propagate" under a GradScaler.',
                 tuple(broken),
             )
-        weights: Tensor | None = torch.full_like(gramians[..., 0], torch.nan)
+        weights = None if isinstance(self._rule, RowRule) else torch.full_like(gramians[..., 0], torch.nan)
         if broken:
             self._skip_step = True
             self.skipped_steps += 1

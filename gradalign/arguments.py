@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from gradalign import rules
 from gradalign.errors import unknown_name
-from gradalign.rules import RowRule, Rule
+from gradalign.rules import BaseRule, RowRule, Rule
 from gradalign.wrapper import WrappedOptimizer
 
 
@@ -40,9 +40,12 @@ def check_rule(rule: object) -> Rule | RowRule:
     made = rules.get(rule) if isinstance(rule, str) else rule
     if not isinstance(made, Rule | RowRule):
         kind = f"the class {made.__name__}" if isinstance(made, type) else type(made).__name__
+        example = (
+            f"{made.__name__}(...)" if isinstance(made, type) and issubclass(made, BaseRule) else "GASoft(alpha=0.3)"
+        )
         raise TypeError(
             f"`rule` must be a Rule, a RowRule, or the name of one, see gradalign.rules.names(), got {kind};"
-            " write GASoft(alpha=0.3), say."
+            f" write {example}."
         )
     return made
 

@@ -161,7 +161,7 @@ BAD_ARGUMENTS = {
     "rule name": (ValueError, r"`rule` must be one of .* got 'pcgard'; did you mean 'pcgrad'", {"rule": "pcgard"}),
     "rule class": (
         TypeError,
-        r"`rule` must be a Rule, a RowRule, or the name of one, .* got the class GASoft; write GASoft\(alpha=0.3\)",
+        r"`rule` must be a Rule, a RowRule, or the name of one, .* got the class GASoft; write GASoft\(\.\.\.\)",
         {"rule": GASoft},
     ),
     "rule of another kind": (TypeError, r"`rule` must be a Rule, .* got function", {"rule": lambda G: G}),

@@ -147,3 +147,11 @@ def test_parameters_that_come_later_do_not_fit_the_memory():
     optimizer.add_param_group({"params": list(model.first.parameters())})
     with pytest.raises(ValueError, match=r"`rows` must keep the 24 elements that MoCo remembers for block 0, got 39"):
         optimizer.backward(model.losses())
+
+
+def test_a_skipped_step_has_no_weights_either():
+    model = models.make(models.TwoHeads)
+    optimizer = aligner(model, "graddrop", nonfinite="skip")
+    optimizer.backward({name: loss * torch.nan for name, loss in model.losses().items()})
+    assert optimizer.report.skipped
+    assert optimizer.report.weights is None

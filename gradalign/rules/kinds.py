@@ -86,6 +86,14 @@ def group_index(argument: str, value: int | str, num_groups: int, names: Sequenc
     return value % num_groups
 
 
+def check_preference(value: object) -> tuple[float, ...]:
+    """Return the numbers, or raise unless they are finite, >= 0, and one of them is above 0."""
+    numbers = finite_numbers("preference", value, 0.0)
+    if not any(numbers):
+        raise ValueError(f"`preference` must hold a number above 0, got {numbers}; the step would be zero.")
+    return numbers
+
+
 @dataclass(frozen=True, eq=False)
 class PreferenceRule(Rule):
     """A rule that corrects a weighted sum of the gradients, the preference.
@@ -99,7 +107,7 @@ class PreferenceRule(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.preference is not None:
-            object.__setattr__(self, "preference", finite_numbers("preference", self.preference, 0.0))
+            object.__setattr__(self, "preference", check_preference(self.preference))
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return the preference."""

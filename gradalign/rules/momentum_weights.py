@@ -51,8 +51,10 @@ class MomentumWeights(StatefulRule):
 
             object.__setattr__(self, "rule", get(self.rule))
         if not isinstance(self.rule, Rule):
-            kind = self.rule.__name__ if isinstance(self.rule, type) else type(self.rule).__name__
-            raise TypeError(f"`rule` must be a Rule of Gramians, got {kind}; write MomentumWeights(MGDA()), say.")
+            kind = f"the class {self.rule.__name__}" if isinstance(self.rule, type) else type(self.rule).__name__
+            raise TypeError(
+                f"`rule` must be a Rule, which has weights to average, got {kind}; write MomentumWeights(MGDA()), say."
+            )
         momentum = finite_number("momentum", self.momentum, 0.0)
         if momentum >= 1:
             raise ValueError(f"`momentum` must be in [0, 1), got {self.momentum!r}.")

@@ -95,7 +95,8 @@ class StatefulRowRule(Stateful, RowRule):
         if sizes - {rows[0].numel()}:
             raise ValueError(
                 f"`rows` must keep the {sizes.pop()} elements that {type(self).__name__} remembers for block {block},"
-                f" got {rows[0].numel()}; make a new rule for other parameters."
+                f" got {rows[0].numel()}; make a new rule for another scope, granularity or"
+                " other parameters."
             )
         aligned, following = self._step(rows, memory, names)
         healthy = torch.stack([row.isfinite().all() for row in rows]).all()

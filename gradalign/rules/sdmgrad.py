@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradalign.errors import finite_number, finite_numbers, positive_integer
+from gradalign.errors import finite_number, positive_integer
 from gradalign.rules.base import listed
 from gradalign.rules.batches import BatchedRule
-from gradalign.rules.kinds import Memory, StatefulRule, fixed
+from gradalign.rules.kinds import Memory, StatefulRule, check_preference, fixed
 from gradalign.solvers import project_onto_simplex, wide
 
 
@@ -63,7 +63,7 @@ class SDMGrad(BatchedRule, StatefulRule):
             raise ValueError(f"`momentum` must be in [0, 1), got {self.momentum!r}.")
         positive_integer("iterations", self.iterations)
         if self.preference is not None:
-            object.__setattr__(self, "preference", finite_numbers("preference", self.preference, 0.0))
+            object.__setattr__(self, "preference", check_preference(self.preference))
 
     def check_groups(self, num_groups: int, names: Sequence[str] | None) -> None:
         """Raise ValueError unless the groups fill the batches, with one number of the preference for each loss."""

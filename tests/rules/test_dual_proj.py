@@ -67,6 +67,8 @@ def test_agrees_with_torchjd(J, seed):
 
 
 def test_bad_preferences_are_refused():
+    with pytest.raises(ValueError, match=r"`preference` must hold a number above 0, got \(0.0, 0.0\)"):
+        DualProj(preference=[0, 0])
     with pytest.raises(ValueError, match=r"`preference\[1\]` must be finite and at least 0, got -1"):
         DualProj(preference=[1, -1])
     with pytest.raises(TypeError, match=r"`preference` must be a sequence of numbers, got 'even'"):

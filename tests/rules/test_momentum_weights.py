@@ -87,7 +87,7 @@ def test_momentum_outside_the_unit_interval_is_refused(momentum):
 
 
 def test_what_is_no_rule_is_refused():
-    with pytest.raises(TypeError, match=r"`rule` must be a Rule of Gramians, got int"):
+    with pytest.raises(TypeError, match=r"`rule` must be a Rule, which has weights to average, got int"):
         MomentumWeights(3)
     with pytest.raises(ValueError, match=r"`rule` must be one of .*got 'summ'; did you mean 'sum'"):
         MomentumWeights("summ")
