@@ -59,9 +59,9 @@ class NonnegativeProgram:
 def _nonnegative_pair(c: Tensor, f: Tensor) -> Tensor:
     """Return the minimum for K = 2 by cases, of which one holds: both positive, or one or none, the other zero."""
     c = c.unsqueeze(-1)
-    # Solved with the ridge; as sums whose terms do not cancel where c is close to 1 or to -1.
+    # As sums whose terms do not cancel where c is close to 1 or to -1; a ridge only where it is that.
     size, other = c.abs(), torch.where(c < 0, -f.flip(-1), f.flip(-1))
-    gap = (1 - size) + RIDGES[0]
+    gap = (1 - size).clamp(min=RIDGES[0])
     both = (gap * f + size * (f - other)) / (gap * (gap + 2 * size))
     alone = f.clamp(min=0)
     enough = c * alone >= f.flip(-1)  # the other's slack, where this one is positive alone

@@ -318,8 +318,8 @@ class GradientAligner(WrappedOptimizer):
                 ' look at that loss, or pass nonfinite="skip" to leave such steps out, "propagate" under a GradScaler.',
                 tuple(broken),
             )
-        weights = None if isinstance(self._rule, RowRule) else torch.full_like(gramians[..., 0], torch.nan)
         if broken:
+            weights = None if isinstance(self._rule, RowRule) else torch.full_like(gramians[..., 0], torch.nan)
             self._skip_step = True
             self.skipped_steps += 1
         else:
@@ -329,20 +329,22 @@ class GradientAligner(WrappedOptimizer):
         self.report = AlignmentReport(names, gramians, weights, skipped=bool(broken))
 
     def _write(self, collector: StackedCollector, gramians: Tensor, names: tuple[str, ...]) -> Tensor | None:
-        """Add the aligned gradient to ``p.grad``; return the weights, None where the rule has none."""
+        """Add the aligned gradient to ``p.grad``; return the weights, or None where the rule has none."""
         rule, plain, previous = self._rule, self._rule.plain_weights(names), self._rule.state_dict()
-        if isinstance(rule, RowRule):
-            collector.write_rows(
-                lambda block, rows: self._finite("aligned gradient", rule(rows, names, block=block), previous), plain
-            )
-            return None
-        weights = self._finite("weights", rule(gramians, names), previous)
+        finite = self._finite
+        try:
+            if isinstance(rule, RowRule):
+                collector.write_rows(lambda b, rows: finite("aligned gradient", rule(rows, names, block=b)), plain)
+                return None
+            weights = finite("weights", rule(gramians, names))
+        except BaseException:
+            rule.load_state_dict(previous)
+            raise
         collector.write(weights, rule.support(names), plain)
         return weights
 
-    def _finite(self, what: str, made: Tensor, previous: dict[str, Any]) -> Tensor:
-        """Return what the rule made, or take its state back and raise where that is not finite."""
+    def _finite(self, what: str, made: Tensor) -> Tensor:
+        """Return what the rule made, or raise where that is not finite."""
         if self._nonfinite != "propagate" and not bool(made.isfinite().all()):
-            self._rule.load_state_dict(previous)
             raise GradAlignError(f"The {what} of {self._rule!r} must be finite, got {made} from finite gradients.")
         return made

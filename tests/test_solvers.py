@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qpsolvers import solve_qp
 from torch.testing import assert_close
 
-from gradalign.solvers import dual_cone_projection, min_norm_in_simplex
+from gradalign.solvers import dual_cone_projection, min_norm_in_simplex, nonnegative_quadratic
 from tests.oracles import dual_cone, mgda
 from tests.strategies import (
     SCALES,
@@ -256,3 +256,16 @@ def test_the_order_of_the_groups_does_not_matter(J, seed, data):
     ):
         size = total(J, plain)
         assert_close(J[order].T @ moved / size, J.T @ plain / size)
+
+
+@pytest.mark.parametrize("power", [20, 24, 30])
+@pytest.mark.parametrize("K", [2, 3])
+def test_a_pair_close_to_opposite_is_as_exact_as_its_formula(power, K):
+    # x = (f_1 - c f_2, f_2 - c f_1) / (1 - c^2) with c = -(1 - d), exact in float64: 1 - c^2 = d (2 - d). A third
+    # variable that is not wanted takes the way of larger programs, whose ridge of 1e-14 is corrected once.
+    d = 2.0**-power
+    H = torch.eye(K, dtype=torch.float64)
+    H[0, 1] = H[1, 0] = -1 + d
+    f = torch.tensor([1.0, 0.25, -1.0], dtype=torch.float64)[:K]
+    expected = torch.tensor([1 + (1 - d) * 0.25, 0.25 + (1 - d), 0.0], dtype=torch.float64)[:K] / (d * (2 - d))
+    assert_close(nonnegative_quadratic(H, f), expected, rtol=1e-8 if power < 30 else 1e-7, atol=0)

@@ -24,7 +24,8 @@ class BaseRule(ABC):
         min_groups: Smallest K that makes sense.
         stateful: Remembers earlier steps group by group, so that the groups must stay the same.
         equivariant: Permuting the groups permutes the weights (an anchor moves along).
-        degree: Degree of the aligned gradient in the scale of the losses: J -> s J gives d -> s^degree d.
+        degree: Degree of the aligned gradient in the scale of the losses: J -> s J gives d -> s^degree d; NaN where it
+            has none.
     """
 
     name: ClassVar[str]

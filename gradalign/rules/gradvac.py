@@ -32,7 +32,8 @@ class GradVac(Random, StatefulRule):
         seed: Seed of the rule's own generator, which draws the orders.
 
     Note:
-        A pair with a zero gradient is passed over and its target kept. Targets are taken to be at most 1 - 1e-8.
+        A pair with a zero gradient is passed over and its target kept. Targets are taken to be at most 1 - 1e-8,
+        or what the dtype can tell from 1.
 
     References:
         Wang et al., Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively Multilingual
@@ -59,7 +60,7 @@ class GradVac(Random, StatefulRule):
         K = G.shape[-1]
         orders = self._orders(G)
         targets = memory["targets"].gather(-1, orders)  # (..., K, K - 1): each pair comes once
-        t = targets.clamp(max=_PARALLEL)
+        t = targets.clamp(max=min(_PARALLEL, 1 - 4 * torch.finfo(G.dtype).eps))
         norms = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2).expand_as(G).gather(-1, orders)
         inverse = torch.where(norms > 0, 1 / norms, 0.0)  # 0 for a zero gradient: no step towards it
         others = G.unsqueeze(-3).expand(*G.shape, K).gather(-2, orders.unsqueeze(-1).expand(*orders.shape, K))

@@ -213,7 +213,7 @@ class Stateful(BaseRule):
 
     def _remember(self, slot: int, memory: Memory, num_groups: int, names: Sequence[str] | None) -> None:
         known = self._groups.get("names")
-        self._slots[slot] = memory
+        self._slots[slot] = {key: value.detach() for key, value in memory.items()}
         self._groups.update(num_groups=num_groups, names=known if names is None else list(names))
 
     def state_dict(self) -> dict[str, Any]:
@@ -233,7 +233,8 @@ class Stateful(BaseRule):
             and all(isinstance(value, Tensor) for value in memory.values())
             for memory in slots.values()
         )
-        counted = isinstance(num_groups, int) and (names is None or len(names) == num_groups)
+        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        counted = isinstance(num_groups, int) and (names is None or (named and len(names) == num_groups))
         if not fits or not (counted if slots else num_groups is None):
             raise ValueError(
                 f"`state` must hold the memory of {type(self).__name__}, tensors {sorted(self.remembers)} for each"
@@ -267,13 +268,14 @@ class StatefulRule(Stateful, Rule):
         """Return the weights (..., K) and the next memory."""
 
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
-        blocks = G.shape[:-2]
-        memory = self._recall(0, G, lambda: self._begin(G))
-        for value in memory.values():
-            if value.shape[: len(blocks)] != blocks:
+        blocks, first = G.shape[:-2], self._begin(G)
+        memory = self._recall(0, G, lambda: first)
+        for key, value in memory.items():
+            if value.shape != first[key].shape:
                 raise ValueError(
-                    f"`gramian` must keep the blocks that {type(self).__name__} remembers, got {tuple(blocks)} for a"
-                    f" memory of shape {tuple(value.shape)}; make a new rule for other blocks."
+                    f"`gramian` must keep the blocks that {type(self).__name__} remembers, got {tuple(blocks)}, for"
+                    f" which {key!r} has the shape {tuple(first[key].shape)}, not {tuple(value.shape)} as remembered;"
+                    " make a new rule for other blocks or batches."
                 )
         weights, following = self._step(G, memory, names)
         healthy = G.isfinite().all(-1).all(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -61,7 +62,8 @@ class MoCo(StatefulRowRule):
         if beta == 0:
             raise ValueError(f"`beta` must be in (0, 1], got {self.beta!r}; an average that never moves has no value.")
         object.__setattr__(self, "beta", beta)
-        flag("relative", self.relative)
+        if not flag("relative", self.relative):
+            object.__setattr__(self, "degree", math.nan)
 
     def _begin(self, rows: Sequence[Tensor], names: Sequence[str] | None) -> Memory:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -55,7 +56,8 @@ class MoDo(BatchedRule, StatefulRule):
         super().__post_init__()
         object.__setattr__(self, "gamma", finite_number("gamma", self.gamma, 0.0))
         object.__setattr__(self, "rho", finite_number("rho", self.rho, 0.0))
-        flag("relative", self.relative)
+        if not flag("relative", self.relative):
+            object.__setattr__(self, "degree", math.nan)
 
     def _begin(self, G: Tensor) -> Memory:
         n = G.shape[-1] // self.batches

@@ -90,6 +90,8 @@ class MomentumWeights(StatefulRule):
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         super()._check_state(state)
+        if not isinstance(state["rule_state"], Mapping):
+            raise ValueError(f"`state` must hold the averaged rule's state, got {state['rule_state']!r}.")
         if state["rule"] != self.rule.name:
             raise ValueError(
                 f"`state` must average the weights of {self.rule.name!r}, got {state['rule']!r};"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -56,7 +57,8 @@ class OLAux(Anchored, StatefulRule):
         object.__setattr__(self, "rate", finite_number("rate", self.rate, 0.0))
         positive_integer("horizon", self.horizon)
         object.__setattr__(self, "initial", finite_number("initial", self.initial))
-        flag("relative", self.relative)
+        if not flag("relative", self.relative):
+            object.__setattr__(self, "degree", math.nan)
 
     def _begin(self, G: Tensor) -> Memory:
         return {

@@ -47,7 +47,7 @@ class RowRule(BaseRule):
         self._check(rows, names)
         dtype = rows[0].dtype
         # Half precision is too coarse to sum in: compute in float32, return what was asked for.
-        wide = [row.to(torch.promote_types(dtype, torch.float32)) for row in rows]
+        wide = [row.detach().to(torch.promote_types(dtype, torch.float32)) for row in rows]
         poison = torch.zeros_like(wide[0])
         for row in wide:
             poison.add_(row, alpha=0)  # 0, or NaN where an element is not finite

@@ -27,8 +27,8 @@ class UPGrad(PreferenceRule):
         preference: (K,) numbers >= 0, the p by which the gradients enter; 1/K each where None.
 
     Note:
-        The K programs are solved together, exactly and without a ridge. Where G is singular the weights are not
-        unique, the aligned gradient is.
+        The K programs are solved together, exactly; the result carries no ridge. Where G is singular the weights are
+        not unique, the aligned gradient is.
 
     References:
         Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024, arXiv:2406.16232, Section 3.

@@ -37,7 +37,7 @@ ALL = pytest.mark.parametrize("name", GRAMIAN_RULES)
 
 
 def draw_gradients(data, name):
-    return data.draw(gradients(min_groups=declared(name).min_groups), label="J")
+    return data.draw(gradients(min_groups=declared(name).min_groups), label="J") * data.draw(SCALES, label="size")
 
 
 def sizes(J, w):
@@ -130,7 +130,7 @@ def test_scaling_all_losses_scales_the_weights_by_the_declared_degree(name, data
 def test_aligned_gradient_conflicts_with_no_group_where_declared(name, data):
     limit = declared(name).non_conflicting_groups
     smallest = declared(name).min_groups
-    J = data.draw(gradients(min_groups=smallest, max_groups=int(min(limit, 6))), label="J")
+    J = data.draw(gradients(min_groups=smallest, max_groups=int(min(limit, 6))), label="J") * data.draw(SCALES)
     G = gramian_of(J)
     w = make(name, len(G))(G)
     # Rounding of G, of a system solved with it, and of Gw: some units in the last place of the terms' length.
@@ -324,8 +324,9 @@ def test_other_groups_than_the_remembered_ones_are_refused_with_both_named(name)
         rule(torch.eye(4, dtype=torch.float64), ["a", "b", "c", "d"])
     with pytest.raises(ValueError, match=kept + r" 3 \('a', 'b', 'x'\)"):
         rule(G, ["a", "b", "x"])
-    with pytest.raises(ValueError, match=r"`gramian` must keep the blocks"):
-        rule(G.expand(5, 3, 3), ["a", "b", "c"])
+    for blocks in ((5,), (3,), (1,)):
+        with pytest.raises(ValueError, match=r"`gramian` must keep the blocks"):
+            rule(G.expand(*blocks, 3, 3), ["a", "b", "c"])
     after = rule.state_dict()
     assert all(torch.equal(after["memory"][0][key], value) for key, value in before["memory"][0].items())
     rule(G)  # names are not needed again

@@ -291,3 +291,14 @@ def test_a_block_of_another_size_is_refused(name):
     rule(torch.randn(3, 5), block=2)
     with pytest.raises(ValueError, match=r"`rows` must keep the 5 elements that \w+ remembers for block 2, got 6"):
         rule(torch.randn(3, 6), block=2)
+
+
+@pytest.mark.parametrize("name", ["bloop", "excess-mtl", "moco", "trimmed-mean"])
+def test_long_rows_are_taken_in_pieces_that_leave_no_trace(name, monkeypatch):
+    J = torch.randn(3, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole, pieces = rules.get(name), rules.get(name)
+    expected = [whole(J), whole(J * 2)]
+    for module in ("rows", "excess_mtl", "trimmed_mean"):
+        monkeypatch.setattr(f"gradalign.rules.{module}.CHUNK", 3)
+    for rows, d in zip((J, J * 2), expected, strict=True):
+        assert_close(pieces(rows), d, rtol=1e-14, atol=1e-14)  # sums in another order
