@@ -1,21 +1,20 @@
 """What the weights cost: the median time of a call of every rule, with TorchJD's beside it in the same run.
 
-    python benchmarks/rules.py            every rule at K = 2, 4, 8, 16, 32; benchmarks/results/rules.json
-    python benchmarks/rules.py --quick    K = 2 and 16, few rounds; prints alone
+    python benchmarks/rules.py --out benchmarks/results/rules.json    every rule at K = 2, 4, 8, 16, 32
+    python benchmarks/rules.py --quick                                K = 2 and 16, few rounds
 
 Each rule is called on a Gramian (rules of rows on rows of 4096 elements), float64, on one thread: of gradients drawn at
 random, and of ill-conditioned ones, whose singular values fall from 1 to 1e-6. Rules and peers take turns, round after
-round. A peer that has no such rule is "-", one that fails says with what.
+round. A peer that has no such rule is "-", one that fails says with what. The solvers follow: of both programs, at
+K = 16, the median, the ninth decile and the longest of their times over draws of each hard kind.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
+import shlex
 import statistics
-import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -23,10 +22,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from provenance import commit, machine, write
 from torch import Tensor
 from torchjd import aggregation as jd
 
 from gradalign import rules
+from gradalign.solvers import dual_cone_projection, min_norm_in_simplex
 
 SIZES = (2, 4, 8, 16, 32)
 ELEMENTS = 4096
@@ -66,13 +67,16 @@ ON_GRADIENTS: dict[str, Callable[[int], Callable[[Tensor], Tensor]]] = {
 }
 
 
+def ill_conditioned(J: Tensor) -> Tensor:
+    """Return J (K, P) with singular values from 1 to 1e-6."""
+    U, _, V = torch.linalg.svd(J, full_matrices=False)
+    return U * torch.logspace(0, -6, len(J), dtype=torch.float64) @ V
+
+
 def gradients(K: int, *, ill: bool) -> Tensor:
     """Return J (K, ELEMENTS), float64."""
     J = torch.randn(K, ELEMENTS, dtype=torch.float64, generator=torch.Generator().manual_seed(K))
-    if ill:
-        U, _, V = torch.linalg.svd(J, full_matrices=False)
-        J = U * torch.logspace(0, -6, K, dtype=torch.float64) @ V
-    return J
+    return ill_conditioned(J) if ill else J
 
 
 def calls(name: str, K: int, J: Tensor) -> dict[str, Callable[[], object]]:
@@ -137,29 +141,62 @@ def shown(value: float | str | None) -> str:
     return "-" if value is None else value[:9] if isinstance(value, str) else f"{value:.3f}"
 
 
+KINDS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "full rank": lambda J, n: J,
+    "rank-deficient": lambda J, n: J[:, : 1 + n % (len(J) - 1)],
+    "duplicated": lambda J, n: torch.cat([J[: len(J) // 2], (-1) ** n * J[: len(J) - len(J) // 2]]),
+    "zero rows": lambda J, n: J * (torch.arange(len(J)) % 3 > 0).unsqueeze(1),
+    "badly scaled": lambda J, n: J * 10.0 ** (torch.arange(len(J)) % 25 - 12).unsqueeze(1),
+    "nearly parallel": lambda J, n: J[:, :1].sign() * J[:1] + 10.0 ** -(4 + n % 4) * J,
+    "ill-conditioned": lambda J, n: ill_conditioned(J),
+}
+
+
+def solvers(K: int, draws: int) -> list[dict[str, object]]:
+    """Return a record for each kind of draws, printing its line."""
+    records: list[dict[str, object]] = []
+    print(f"\nsolvers, K = {K}, {draws} draws: ms, median / 90 % / longest\n{'':18}{'dual cone':>22}{'simplex':>22}")
+    for kind, make in KINDS.items():
+        times: dict[str, list[float]] = {"dual_cone_projection": [], "min_norm_in_simplex": []}
+        for n in range(draws):
+            J = make(torch.randn(K, 2 * K, dtype=torch.float64, generator=torch.Generator().manual_seed(n)), n)
+            G, u = J @ J.T, torch.full((K,), 1 / K, dtype=torch.float64)
+            programs = {
+                "dual_cone_projection": lambda G=G, u=u: dual_cone_projection(G, u),
+                "min_norm_in_simplex": lambda G=G: min_norm_in_simplex(G),
+            }
+            for name, taken in medians(programs, 5).items():
+                times[name].append(float(taken))
+        cells = []
+        for name, taken in times.items():
+            taken.sort()
+            three = [taken[draws // 2], taken[int(0.9 * draws)], taken[-1]]
+            records.append({"solver": name, "gradients": kind, "K": K, "ms": three})
+            cells.append(" / ".join(f"{ms:.2f}" for ms in three))
+        print(f"{kind:18}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
+    return records
+
+
 def main() -> None:
-    """Measure, print, and write the results down."""
+    """Measure, print, and write the results as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="K = 2 and 16, few rounds, nothing written")
-    arguments = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="K = 2 and 16, few rounds")
+    parser.add_argument("--out", type=Path, help="write the results as JSON here")
+    options = parser.parse_args()
     warnings.filterwarnings("ignore")  # a peer's solvers warn in every round
     torch.set_num_threads(1)
-    machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, 1 thread"
-    print(f"torch {torch.__version__}, torchjd {version('torchjd')}, {machine}")
-    records = measure((2, 16), 7) if arguments.quick else measure(SIZES, ROUNDS)
-    if not arguments.quick:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        path = Path(__file__).parent / "results" / "rules.json"
-        path.parent.mkdir(exist_ok=True)
-        head = {
-            "command": "python benchmarks/rules.py",
-            "torch": torch.__version__,
-            "torchjd": version("torchjd"),
-            "machine": machine,
-            "commit": commit.stdout.strip(),
-        }
-        path.write_text(json.dumps(head | {"records": records}, indent=1) + "\n")
-        print(f"\nwrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    results: dict[str, object] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine(),
+        "torch": torch.__version__,
+        "torchjd": version("torchjd"),
+        "commit": commit(),
+    }
+    print(" ".join(f"{key} {value};" for key, value in results.items()))
+    results["rules"] = measure((2, 16), 7) if options.quick else measure(SIZES, ROUNDS)
+    results["solvers"] = solvers(16, 10 if options.quick else 60)
+    if options.out:
+        write(options.out, results)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,13 @@ median and the median of its ratios to the floor of the same round: the machine'
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from provenance import commit, machine, write
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -117,7 +114,7 @@ def main() -> None:
         "ResNet-56, 7 exits, one group an exit (K = 7)": (one_group_an_exit, "shallow-deep"),
     }
     results: dict[str, object] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        "machine": machine(),
         "torch": torch.__version__,
         "commit": commit(),
         "batch": batch,
@@ -136,13 +133,7 @@ def main() -> None:
         for name, figure in figures.items():
             print(f"  {name:20} {figure['seconds'] * 1e3:9.1f} ms   {figure['ratio']:.3f} of the floor")
     if options.out:
-        options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-
-def commit() -> str:
-    """Return the commit that is measured, marked where the tree has changes."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+        write(options.out, results)
 
 
 if __name__ == "__main__":

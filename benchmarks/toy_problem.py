@@ -16,11 +16,7 @@ a step: 20,000 steps at 2e-3, the default here, go as far as 40,000 at 1e-3. All
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +26,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from provenance import commit, machine, write
 from torch import Tensor
 
 from gradalign import GradientAligner, rules
@@ -240,7 +237,7 @@ def main() -> None:
     front = objectives(pareto_set())
     results: dict[str, object] = {
         "command": shlex.join(["python", *sys.argv]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        "machine": machine(),
         "device": "cpu",
         "torch": torch.__version__,
         "commit": commit(),
@@ -258,13 +255,7 @@ def main() -> None:
         entries[name] = outcome(name, front, options)
         print(line(name, entries[name]), flush=True)
     if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
-def commit() -> str:
-    """Return the commit that is measured, marked where the tree has changes."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+        write(options.out, results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 # order of the rounding of G, which can leave a singular G indefinite; the others are for what is more so than that.
 RIDGES = (1e-14, 1e-12, 1e-9, 1e-6, 1e-3, 1.0, 1e3)
 
-_ROUNDS = 8  # block pivots, of which 3 to 6 are usual, before the slow and sure method takes over
+_ROUNDS = 6  # block pivots, of which 3 to 5 are usual, before the slow and sure method takes over
 _CLOSED = 2  # the largest K with a closed form
 SIGN = 1e-14  # what counts as negative, in units of the largest number that it is a sum of
 
@@ -37,8 +37,8 @@ class NonnegativeProgram:
             self.ridge = positive_ridge(C)
             self.M = (C + self.ridge.unsqueeze(-1) * self.eye).expand(*batch, *C.shape[-2:])
 
-    def __call__(self, f: Tensor) -> Tensor:
-        """Return x (..., K) for f (..., K)."""
+    def __call__(self, f: Tensor, *, corrected: bool = True) -> Tensor:
+        """Return x (..., K) for f (..., K), of the program as it is or, not ``corrected``, of that with the ridge."""
         if self.C.shape[-1] <= _CLOSED:
             return f.clamp(min=0) if self.C.shape[-1] == 1 else _nonnegative_pair(self.C[..., 0, 1], f)
         M, eye = self.M, self.eye
@@ -51,8 +51,11 @@ class NonnegativeProgram:
             x[~done] = _one_by_one(M[~done], f[~done], eye, x[~done])
             active[~done] = x[~done] > 0
         self.active = active
+        if not corrected:
+            return x.clamp(min=0)
         closer = x + _solve_on(M, active, self.ridge * x, eye)
-        holds = ~_wrong(M, active, f + self.ridge * x, closer).any(-1, keepdim=True)
+        pulled = f + self.ridge * x
+        holds = ~_wrong(M, active, pulled, closer, _scale(pulled)).any(-1, keepdim=True)
         return torch.where(holds, closer, x).clamp(min=0)
 
 
@@ -86,14 +89,20 @@ def _solve_on(M: Tensor, active: Tensor, f: Tensor, eye: Tensor) -> Tensor:
     return x.squeeze(-1)
 
 
-def _threshold(f: Tensor, x: Tensor) -> Tensor:
-    """Return what a number must be below to count as negative, (..., 1)."""
-    return -SIGN * (f.abs().amax(-1, keepdim=True) + x.shape[-1] * x.abs().amax(-1, keepdim=True))
+def _scale(f: Tensor) -> Tensor:
+    """Return the largest magnitude of f, (..., 1)."""
+    largest: Tensor = torch.linalg.vector_norm(f, torch.inf, -1, keepdim=True)
+    return largest
 
 
-def _wrong(M: Tensor, active: Tensor, f: Tensor, x: Tensor) -> Tensor:
+def _negative(y: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """Return where y, made of x and of numbers up to ``scale``, is below zero by more than rounding."""
+    return y < -SIGN * (scale + x.shape[-1] * _scale(x))
+
+
+def _wrong(M: Tensor, active: Tensor, f: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     """Return where x, on the active set, or its slack Mx - f, off it, is negative."""
-    return torch.where(active, x, times(M, x) - f) < _threshold(f, x)
+    return _negative(torch.where(active, x, times(M, x) - f), x, scale)
 
 
 def _block_pivots(M: Tensor, f: Tensor, eye: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,9 +114,10 @@ def _block_pivots(M: Tensor, f: Tensor, eye: Tensor, active: Tensor) -> tuple[Te
         Portugal, Judice and Vicente, A comparison of block pivoting and interior-point algorithms for linear least
         squares problems with nonnegative variables, Mathematics of Computation 63, 1994.
     """
+    scale = _scale(f)
     for left in reversed(range(_ROUNDS)):
         x = _solve_on(M, active, f, eye)
-        wrong = _wrong(M, active, f, x)
+        wrong = _wrong(M, active, f, x, scale)
         if left == 0 or (f.device.type == "cpu" and not bool(wrong.any())):
             break
         active = active ^ wrong
@@ -123,22 +133,32 @@ def _one_by_one(M: Tensor, f: Tensor, eye: Tensor, start: Tensor) -> Tensor:
     References:
         Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23.
     """
-    active = start > 0
+    asks = f.device.type == "cpu"  # an accelerator is not asked what can be left out: that would wait for it
+    active, scale = start > 0, _scale(f)
     x = start.where(active, 0.0)
     for _ in range(4 * f.shape[-1] + 8):
         trial = _solve_on(M, active, f, eye)
         out = active & (trial <= 0)
         inside = ~out.any(-1, keepdim=True)
-        # Go towards the trial as far as x stays nonnegative; whoever meets its bound first leaves.
-        way = torch.where(out, x / (x - trial).where(out & (x > trial), 1.0), 1.0)
-        shortest = way.amin(-1, keepdim=True)
-        leaves = out & (way <= shortest)
-        x = torch.where(inside, trial, (x + shortest * (trial - x)).clamp(min=0).masked_fill(leaves, 0.0))
-        active = active & ~leaves
+        if asks and bool(inside.all()):
+            x = trial
+        else:
+            x, active = _step_back(x, trial, active, out, inside)
+            if asks and not bool(inside.any()):
+                continue
         slack = torch.where(active, 0.0, times(M, x) - f)
         lowest = slack.argmin(-1, keepdim=True)
-        enters = inside & (slack.gather(-1, lowest) < _threshold(f, x))
-        if f.device.type == "cpu" and bool((inside & ~enters).all()):
+        enters = inside & _negative(slack.gather(-1, lowest), x, scale)
+        if asks and not bool(enters.any()) and bool(inside.all()):
             break
-        active = active | (torch.zeros_like(active).scatter(-1, lowest, True) & enters)
+        active = active.scatter(-1, lowest, active.gather(-1, lowest) | enters)
     return x
+
+
+def _step_back(x: Tensor, trial: Tensor, active: Tensor, out: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x gone towards the trial as far as it stays nonnegative, and the active set without who is first at 0."""
+    way = torch.where(out, x / (x - trial).where(out & (x > trial), 1.0), 1.0)
+    shortest = way.amin(-1, keepdim=True)
+    leaves = out & (way <= shortest)
+    x = torch.where(inside, trial, (x + shortest * (trial - x)).clamp(min=0).masked_fill(leaves, 0.0))
+    return x, active & ~leaves

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradalign.active_set import SIGN, NonnegativeProgram, positive_ridge, times
 
+_USUAL_STEPS = 10
 _NEWTON_STEPS = 64  # 6 to 10 are usual; nearly stationary losses need one more for each doubling of the weights
 _LAST_CHANGE = 1e-9  # of a weight, relative, in the last step of Newton's method: its square is left
 _INSIDE = 0.99  # of the way to the bound w = 0 that a step may take at most
@@ -126,7 +127,7 @@ def best_move_in_ball(G: Tensor, p: Tensor, c: float) -> Tensor:
     ceiling = torch.where(norms > 0, torch.inf, 0.0).amin(-1, keepdim=True)  # a zero row's margin is 0
     x, least = torch.zeros_like(p), NonnegativeProgram(C, p.shape[:-1])
     for _ in range(_NEWTON_STEPS // 2):
-        x = least(margin * inverse - products)
+        x = least(margin * inverse - products, corrected=False)
         distance = (x * times(C, x)).sum(-1, keepdim=True).clamp(min=0).sqrt()
         slope = (x * inverse).sum(-1, keepdim=True)  # of the squared distance in the margin, halved
         moving = ((distance - radius).abs() > SIGN * radius) & (slope > 0)
@@ -137,8 +138,7 @@ def best_move_in_ball(G: Tensor, p: Tensor, c: float) -> Tensor:
             break
     # Where some w >= 0 has J'w = 0 no margin can be had, but rounding grants one, at the price of an endless x.
     endless = rounding(G) * (x * norms.sign()).sum(-1, keepdim=True).square() > radius.square()
-    if G.device.type != "cpu" or bool(endless.any()):
-        x = torch.where(endless, least(-products), x)
+    x = least(torch.where(endless, 0.0, margin * inverse) - products)
     return torch.where(radius > 0, x * inverse, 0.0)
 
 
@@ -203,10 +203,11 @@ def fair_weights(G: Tensor, exponent: float) -> Tensor:
     b = torch.where(norms > 0, norms / unit, 1.0).pow(exponent - 1)
     x = b.pow(1 / (1 + exponent))  # the solution for orthogonal rows
     done, magnitudes = torch.zeros_like(unit, dtype=torch.bool), C.abs()
-    for _ in range(_NEWTON_STEPS):
+    for n in range(_NEWTON_STEPS):
         pull = b * x.pow(-exponent)
         slope = times(C, x) - pull
-        done = done | (slope.abs() <= 2 * SIGN * (times(magnitudes, x) + pull)).all(-1, keepdim=True)
+        if n >= _USUAL_STEPS:  # before, it is the change that tells
+            done = done | (slope.abs() <= 2 * SIGN * (times(magnitudes, x) + pull)).all(-1, keepdim=True)
         if x.device.type == "cpu" and bool(done.all()):
             break
         hessian = C + torch.diag_embed(exponent * pull / x)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
+# The catalogue's published values are for these.
+PUBLISHED = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
 SCALES = st.sampled_from([1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12])
 
 
@@ -77,3 +79,14 @@ def gradients(min_groups=1, max_groups=6):
 
 def gramian_of(J):
     return J @ J.T
+
+
+def unit_rows(J):
+    """J with rows of length 1, a zero row left as it is."""
+    norms = J.norm(dim=1, keepdim=True)
+    return J / norms.where(norms > 0, 1.0)
+
+
+def preferences(K, seed):
+    """K numbers in [0, 1)."""
+    return torch.rand(K, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -28,7 +28,8 @@ class FairGrad(Rule):
     Note:
         Solved by Newton's method on the convex function whose gradient the equation is. Where the losses are
         Pareto-stationary no solution exists; a ridge of 1e-14 in units of each squared norm keeps the weights finite.
-        A zero gradient gets the weight 0.
+        A zero gradient gets the weight 0. It stops after 64 steps: an alpha of 5 and more, or 1/5 and less, on norms
+        that differ by twelve orders of magnitude can leave it short of the solution.
 
     References:
         Ban and Ji, Fair Resource Allocation in Multi-Task Learning, ICML 2024, arXiv:2402.15638, Eq. 5.

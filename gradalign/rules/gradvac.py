@@ -74,13 +74,12 @@ class GradVac(Random, StatefulRule):
         )
         C = torch.eye(K, dtype=G.dtype, device=G.device).expand(G.shape).clone()  # row i: group i's c
         products = G.clone()  # C G
-        lengths_of_all, least = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2), rounding(G)
+        sizes, least = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2), rounding(G)
         cosines, lengths = [], []
         for at, target, cotangent, inverse_norm, row in rounds:  # at (..., K, 1): for each group i the next j
             square = (C * products).sum(-1)
             # What is left of gradients that cancelled is rounding: it has no direction.
-            some = square > least * (C.abs() * lengths_of_all).sum(-1).square()
-            length = square.where(some, 0.0).sqrt()
+            length = square.where(square > least * (C.abs() * sizes).sum(-1).square(), 0.0).sqrt()
             along = products.gather(-1, at).squeeze(-1) * inverse_norm
             phi = torch.where(length > 0, along / length, 0.0).clamp(-1.0, 1.0)
             step = length * inverse_norm * (cotangent * (1 - phi * phi).sqrt() - phi)

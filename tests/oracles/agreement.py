@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import assume
 from torch.testing import assert_close
 
 from tests.oracles.linear import size_of_terms
@@ -52,3 +53,14 @@ def well_posed(paper, steps, *, amplification=1e3):
         if (here - there).norm() > amplification * 1e-9 * here.norm():
             return False
     return True
+
+
+def clear_rank(J):
+    """The singular values over the rank; draws that leave one between rounding and 1e-4 of the largest are passed.
+
+    Its square in G could not be told from rounding.
+    """
+    singular = torch.linalg.svdvals(J)
+    kept = singular[singular > 1e-12 * singular.max()]
+    assume(not (kept < 1e-4 * singular.max()).any())
+    return kept

@@ -6,21 +6,13 @@ import torch
 
 from gradalign import rules
 from tests.oracles import aligned_mtl, cagrad, config, dual_cone, fairgrad, gradvac, imtl_g, mgda, nash_mtl
+from tests.oracles.agreement import steps_from
 from tests.strategies import gramian_of
 
 
 def mean(J):
     """The preference that a rule has by default."""
     return torch.full((len(J),), 1 / len(J), dtype=J.dtype)
-
-
-def drifting(J, seed, count=4):
-    """The gradients of some steps: those given, and others that have moved away from them."""
-    generator = torch.Generator().manual_seed(seed)
-    moves = [
-        torch.randn(J.shape, dtype=J.dtype, generator=generator) * J.norm(dim=1, keepdim=True) for _ in range(count)
-    ]
-    return [J + 0.3 * number * move for number, move in enumerate(moves)]
 
 
 def gradvac_steps(steps, seed, beta=0.5):
@@ -40,7 +32,7 @@ def _case(rule, oracle):
 
 
 CASES = {
-    "gradvac": lambda J, seed: gradvac_steps(drifting(J, seed), seed),
+    "gradvac": lambda J, seed: gradvac_steps(steps_from(J, seed, count=4), seed),
     "mgda": _case(rules.MGDA(), mgda.aligned_gradient),
     "cagrad": _case(rules.CAGrad(), lambda J: cagrad.aligned_gradient(J, 0.4, mean(J))),
     # None from an oracle: the paper's step does not exist, for these two and IMTL-G, or is out of its reach.

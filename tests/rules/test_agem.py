@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from gradalign.rules import AGEM
 from tests.oracles.agem import agem
 from tests.oracles.agreement import assert_agrees, well_posed
-from tests.strategies import SCALES, gradients, gramian_of
+from tests.strategies import PUBLISHED, SCALES, gradients, gramian_of
 
 
 @given(J=gradients(min_groups=2), scale=SCALES, data=st.data())
@@ -33,7 +33,7 @@ def test_the_reference_is_never_conflicted_with(J, scale):
 
 def test_published_example():
     # g = row 2, r = row 1: g - (-22/18) r = (6, 1, 1) + 11/9 (-4, 1, 1) = (10, 20, 20)/9.
-    J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+    J = PUBLISHED
     w = AGEM(anchor=1)(J @ J.T)
     assert_close(w, torch.tensor([11 / 9, 1.0], dtype=torch.float64))
     assert_close(J.T @ w, torch.tensor([10.0, 20.0, 20.0], dtype=torch.float64) / 9)

@@ -9,31 +9,16 @@ from torchjd.aggregation import AlignedMTLWeighting
 
 from gradalign.rules import AlignedMTL
 from tests.oracles import aligned_mtl
-from tests.oracles.agreement import assert_agrees
-from tests.strategies import SCALES, conflicting, full_rank, gradients, gramian_of
+from tests.oracles.agreement import assert_agrees, clear_rank
+from tests.strategies import PUBLISHED, SCALES, conflicting, full_rank, gradients, gramian_of, preferences
 
 ROTATED = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)  # eigenvalues 3 along (1, 1), 1 along (1, -1)
-
-
-def preferences(K, seed):
-    return torch.rand(K, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def clear_singular_values(J):
-    """The singular values over the rank; draws that leave one between rounding and 1e-4 of the largest are passed.
-
-    Its square in G could not be told from rounding.
-    """
-    singular = torch.linalg.svdvals(J)
-    kept = singular[singular > 1e-12 * singular.max()]
-    assume(not (kept < 1e-4 * singular.max()).any())
-    return kept
 
 
 @given(J=gradients(), scale=SCALES, how=st.sampled_from(["min", "median", "mean"]), seed=st.integers(0, 99))
 def test_agrees_with_the_singular_values_of_raw_gradients(J, scale, how, seed):
     J, p = J * scale, preferences(len(J), seed)
-    clear_singular_values(J)
+    clear_rank(J)
     expected = aligned_mtl.aligned_gradient(J, p, how)
     assert_agrees(J, AlignedMTL(how, preference=p)(gramian_of(J)), expected)
 
@@ -52,7 +37,7 @@ def test_published_example():
     # G = [[18, -22], [-22, 38]]: B = sqrt(s) G^(-1/2), s = 28 - sqrt(584), the lesser eigenvalue. With r = sqrt(det G)
     # = sqrt 200 and t = sqrt(trace + 2 r), G^(1/2) = (G + r I) / t and det G^(1/2) = r, so that
     # G^(-1/2) = [[38 + r, 22], [22, 18 + r]] / (r t).
-    J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+    J = PUBLISHED
     r, s = 200**0.5, 28 - 584**0.5
     factor = s**0.5 / (r * (56 + 2 * r) ** 0.5) / 2
     w = AlignedMTL()(gramian_of(J))
@@ -92,7 +77,7 @@ def test_parallel_opposite_and_zero_gradients():
 @pytest.mark.parametrize(("ours", "theirs"), [("min", "min"), ("median", "median"), ("mean", "rmse")])
 @given(J=gradients(), seed=st.integers(0, 99))
 def test_agrees_with_torchjd(ours, theirs, J, seed):
-    clear_singular_values(J)
+    clear_rank(J)
     assume(bool(J.any()))  # of nothing but zeros it makes the mean
     p = preferences(len(J), seed)
     G = gramian_of(J)

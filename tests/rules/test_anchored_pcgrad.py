@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from gradalign.rules import AnchoredPCGrad
 from tests.oracles.agreement import assert_agrees
 from tests.oracles.anchored_pcgrad import anchored_pcgrad
-from tests.strategies import SCALES, gradients, gramian_of
+from tests.strategies import PUBLISHED, SCALES, gradients, gramian_of
 
 
 @given(J=gradients(min_groups=2), scale=SCALES, alpha=st.floats(0, 1), data=st.data())
@@ -41,7 +41,7 @@ def test_by_hand():
 
 def test_on_the_published_pair():
     # The anchor is row 2: d = g_2 / 2 + (g_1 + 22/38 g_2) / 2.
-    J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+    J = PUBLISHED
     w = AnchoredPCGrad(0.5, anchor=1)(J @ J.T)
     assert_close(w, torch.tensor([0.5, 0.5 + 0.5 * 22 / 38], dtype=torch.float64))
 

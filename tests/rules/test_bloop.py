@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from gradalign.rules import Bloop
 from tests.oracles.agreement import assert_close_for, steps_from
 from tests.oracles.bloop import Bloop as Paper
-from tests.strategies import SCALES, gradients
+from tests.strategies import PUBLISHED, SCALES, gradients
 
 
 @given(
@@ -49,7 +49,7 @@ def test_at_the_first_call_the_anchor_loses_no_progress(J, scale):
 
 def test_published_example():
     # m = g = row 1, a = row 2: a - (-22/18) m = (10, 20, 20)/9, and d = g + that / 10 = (-35, 11, 11)/9.
-    J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+    J = PUBLISHED
     assert_close(Bloop(0.1)(J), torch.tensor([-35.0, 11.0, 11.0], dtype=torch.float64) / 9)
 
 

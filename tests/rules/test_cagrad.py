@@ -13,13 +13,9 @@ from gradalign.rules import CAGrad
 from tests.oracles import cagrad, mgda
 from tests.oracles.agreement import assert_agrees
 from tests.oracles.cases_symmetric import mean
-from tests.strategies import SCALES, conflicting, full_rank, gradients, gramian_of
+from tests.strategies import PUBLISHED, SCALES, conflicting, full_rank, gradients, gramian_of, preferences
 
 RADII = st.sampled_from([0.1, 0.4, 0.9])
-
-
-def preferences(K, seed):
-    return torch.rand(K, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @given(J=gradients(), scale=SCALES, c=RADII, seed=st.integers(0, 99))
@@ -54,7 +50,7 @@ def test_goes_to_the_edge_of_the_ball_unless_stationary(J, scale, c):
 
 def test_published_example():
     # G = [[18, -22], [-22, 38]], p'Gp = 3: the worst-off is g_1 all along, w* = e_1, w_1 = 1/2 + c sqrt(3/18).
-    J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+    J = PUBLISHED
     expected = torch.tensor([0.5 + 0.5 / 6**0.5, 0.5], dtype=torch.float64)
     assert_close(expected, torch.tensor([0.7041, 0.5], dtype=torch.float64), rtol=0, atol=5e-5)  # as published
     assert_close(CAGrad(0.5)(gramian_of(J)), expected)

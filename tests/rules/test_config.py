@@ -9,27 +9,16 @@ from torchjd.aggregation import ConFIG as TorchJDConFIG
 
 from gradalign.rules import ConFIG
 from tests.oracles import config
-from tests.oracles.agreement import assert_agrees
-from tests.strategies import SCALES, badly_scaled, conflicting, full_rank, gradients, gramian_of
+from tests.oracles.agreement import assert_agrees, clear_rank
+from tests.strategies import PUBLISHED, SCALES, badly_scaled, conflicting, full_rank, gradients, gramian_of, unit_rows
 
 INDEPENDENT = st.integers(1, 5).flatmap(lambda K: st.one_of(full_rank(K), conflicting(K), badly_scaled(K)))
-
-
-def unit_rows(J):
-    norms = J.norm(dim=1, keepdim=True)
-    return J / norms.where(norms > 0, 1.0)
-
-
-def assume_clear_rank(J):
-    """No singular value of the unit gradients between rounding and 1e-4: its square in G is told from rounding."""
-    singular = torch.linalg.svdvals(unit_rows(J))
-    assume(not ((singular > 1e-12 * singular.max()) & (singular < 1e-4 * singular.max())).any())
 
 
 @given(J=gradients(), scale=SCALES, seed=st.integers(0, 99), uniform=st.booleans())
 def test_agrees_with_the_pseudo_inverse_of_raw_gradients(J, scale, seed, uniform):
     J = J * scale
-    assume_clear_rank(J)
+    clear_rank(unit_rows(J))
     p = torch.rand(len(J), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     p = None if uniform else p
     assert_agrees(J, ConFIG(preference=p)(gramian_of(J)), config.aligned_gradient(J, p))
@@ -63,7 +52,7 @@ def test_the_length_is_the_sum_of_the_projections(J, scale):
 
 
 def test_published_example():
-    J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+    J = PUBLISHED
     # K = 2: along the bisector, w_i = (norm(g_1) + norm(g_2)) / (2 norm(g_i)).
     norms = J.norm(dim=1)
     w = ConFIG()(gramian_of(J))

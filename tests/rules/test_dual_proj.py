@@ -11,13 +11,7 @@ from torchjd.linalg import QuadprogProjector
 from gradalign.rules import DualProj
 from tests.oracles import dual_cone
 from tests.oracles.agreement import assert_agrees
-from tests.strategies import SCALES, full_rank, gradients, gramian_of
-
-J_PUBLISHED = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
-
-
-def preferences(K, seed):
-    return torch.rand(K, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from tests.strategies import PUBLISHED, SCALES, full_rank, gradients, gramian_of, preferences
 
 
 @given(J=gradients(), scale=SCALES, seed=st.integers(0, 99))
@@ -28,9 +22,9 @@ def test_agrees_with_the_projection_of_raw_gradients(J, scale, seed):
 
 
 def test_published_example():
-    w = DualProj()(gramian_of(J_PUBLISHED))
+    w = DualProj()(gramian_of(PUBLISHED))
     assert_close(w, torch.tensor([11 / 18, 1 / 2], dtype=torch.float64))
-    assert_close(J_PUBLISHED.T @ w, torch.tensor([5.0, 10.0, 10.0], dtype=torch.float64) / 9)
+    assert_close(PUBLISHED.T @ w, torch.tensor([5.0, 10.0, 10.0], dtype=torch.float64) / 9)
 
 
 @given(J=gradients(), scale=SCALES)

@@ -12,8 +12,17 @@ from torchjd.aggregation import FairGradWeighting
 from gradalign.rules import FairGrad, NashMTL
 from tests.oracles import fairgrad
 from tests.oracles.agreement import assert_agrees
-from tests.rules.test_nash_mtl import J_PUBLISHED, assume_a_bargain
-from tests.strategies import SCALES, conflicting, duplicated, full_rank, gradients, gramian_of, rank_deficient
+from tests.rules.test_nash_mtl import assume_a_bargain
+from tests.strategies import (
+    PUBLISHED,
+    SCALES,
+    conflicting,
+    duplicated,
+    full_rank,
+    gradients,
+    gramian_of,
+    rank_deficient,
+)
 
 ALPHAS = st.sampled_from([0.5, 1.0, 2.0, 5.0])
 # Not the draws of norms 1e24 apart: the oracle's Newton steps are taken in d, whose shares are then out of its sight.
@@ -51,7 +60,7 @@ def test_nash_is_the_fairness_of_one(J, scale):
 
 def test_published_example():
     # alpha = 1 is Nash: w_i = 1 / (norm(g_i) sqrt(1 + cos)), see test_nash_mtl.
-    G = gramian_of(J_PUBLISHED)
+    G = gramian_of(PUBLISHED)
     expected = 1 / (G.diagonal() * (1 - 22 / (18 * 38) ** 0.5)).sqrt()
     w = FairGrad(1.0)(G)
     assert_close(w, expected)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from gradalign.rules import AGEM, GEM
 from tests.oracles.agreement import assert_agrees, well_posed
 from tests.oracles.gem import gem
-from tests.strategies import SCALES, full_rank, gradients, gramian_of
+from tests.strategies import PUBLISHED, SCALES, full_rank, gradients, gramian_of
 
 
 @given(J=gradients(min_groups=2), scale=SCALES, margin=st.sampled_from([0.0, 0.1, 1.0]), data=st.data())
@@ -50,7 +50,7 @@ def test_the_weights_satisfy_the_optimality_conditions(J, scale, margin):
 
 def test_published_example():
     # One memory and no ridge: A-GEM's (10, 20, 20)/9. With e = ridge |m|^2 the multiplier is 22 / (18 (1 + ridge)).
-    J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+    J = PUBLISHED
     G = J @ J.T
     assert_close(J.T @ GEM(ridge=0.0, anchor=1)(G), torch.tensor([10.0, 20.0, 20.0], dtype=torch.float64) / 9)
     assert_close(GEM(ridge=0.1, anchor=1)(G), torch.tensor([22 / 18 / 1.1, 1.0], dtype=torch.float64))

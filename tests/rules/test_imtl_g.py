@@ -9,14 +9,9 @@ from torchjd.aggregation import IMTLGWeighting
 from gradalign.rules import IMTLG
 from tests.oracles import imtl_g
 from tests.oracles.agreement import assert_agrees
-from tests.strategies import SCALES, badly_scaled, conflicting, full_rank, gradients, gramian_of
+from tests.strategies import PUBLISHED, SCALES, badly_scaled, conflicting, full_rank, gradients, gramian_of, unit_rows
 
 INDEPENDENT = st.integers(1, 5).flatmap(lambda K: st.one_of(full_rank(K), conflicting(K), badly_scaled(K)))
-
-
-def unit_rows(J):
-    norms = J.norm(dim=1, keepdim=True)
-    return J / norms.where(norms > 0, 1.0)
 
 
 def assume_a_scale(w):
@@ -73,7 +68,7 @@ def test_two_groups_in_closed_form(J, scale):
 
 def test_published_example():
     # sqrt 38 and sqrt 18 over their sum.
-    J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+    J = PUBLISHED
     total = 38**0.5 + 18**0.5
     w = IMTLG()(gramian_of(J))
     assert_close(w, torch.tensor([38**0.5 / total, 18**0.5 / total], dtype=torch.float64))

@@ -7,9 +7,7 @@ from torchjd.aggregation import MGDAWeighting
 
 from gradalign.rules import MGDA
 from tests.oracles import mgda
-from tests.strategies import SCALES, conflicting, full_rank, gradients, gramian_of
-
-J_PUBLISHED = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+from tests.strategies import PUBLISHED, SCALES, conflicting, full_rank, gradients, gramian_of
 
 
 @given(J=gradients(), scale=SCALES)
@@ -33,7 +31,7 @@ def test_every_gradient_has_the_square_of_the_least_norm_along_d(J, scale):
 
 
 def test_published_example_and_the_closed_form_of_two():
-    assert_close(MGDA()(gramian_of(J_PUBLISHED)), torch.tensor([0.6, 0.4], dtype=torch.float64))
+    assert_close(MGDA()(gramian_of(PUBLISHED)), torch.tensor([0.6, 0.4], dtype=torch.float64))
     # w_1 = clip((G_22 - G_12) / (G_11 + G_22 - 2 G_12), 0, 1): 5 / 7, (4 - 3) / (9 + 4 - 6), and -1 / 3 clipped.
     for G, first in (
         ([[1.0, -1.0], [-1.0, 4.0]], 5 / 7),

@@ -13,7 +13,7 @@ from gradalign.rules import MoDo
 from tests.oracles.agreement import assert_close_for, steps_from
 from tests.oracles.modo import MoDo as Paper
 from tests.oracles.modo import project_on_simplex, stepped_batch
-from tests.strategies import SCALES, full_rank, gradients, gramian_of
+from tests.strategies import PUBLISHED, SCALES, full_rank, gradients, gramian_of
 
 
 @given(
@@ -84,7 +84,7 @@ def test_the_next_step_starts_from_the_last_weights_and_rho_pulls_back():
 
 
 def test_many_steps_reach_the_least_norm_combination():
-    J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+    J = PUBLISHED
     rule = MoDo(0.5)
     for _ in range(100):
         w = rule(J @ J.T)

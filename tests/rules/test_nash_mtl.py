@@ -12,9 +12,7 @@ from torchjd.aggregation import NashMTL as TorchJDNashMTL
 from gradalign.rules import NashMTL
 from tests.oracles import mgda, nash_mtl
 from tests.oracles.agreement import assert_agrees
-from tests.strategies import SCALES, conflicting, full_rank, gradients, gramian_of
-
-J_PUBLISHED = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+from tests.strategies import PUBLISHED, SCALES, conflicting, full_rank, gradients, gramian_of
 
 
 def assume_a_bargain(J):
@@ -48,7 +46,7 @@ def test_every_share_is_one(J, scale):
 
 def test_published_example():
     # K = 2: G_11 w_1² + G_12 w_1 w_2 = 1 = G_22 w_2² + G_12 w_1 w_2, so that w_i = 1 / (norm(g_i) sqrt(1 + cos)).
-    G = gramian_of(J_PUBLISHED)
+    G = gramian_of(PUBLISHED)
     cos = -22 / (18 * 38) ** 0.5
     expected = 1 / (G.diagonal() * (1 + cos)).sqrt()
     assert_close(NashMTL()(G), expected)
@@ -56,7 +54,7 @@ def test_published_example():
     clipped = NashMTL(max_norm=1.0)(G)
     assert_close(clipped, expected / 2**0.5)
     published = torch.tensor([0.0542, 0.7061, 0.7061], dtype=torch.float64)
-    assert_close(J_PUBLISHED.T @ clipped, published, rtol=0, atol=5e-5)  # its digits
+    assert_close(PUBLISHED.T @ clipped, published, rtol=0, atol=5e-5)  # its digits
 
 
 def test_by_hand():

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from gradalign.rules import PCGrad
 from tests.oracles.pcgrad import pcgrad
-from tests.strategies import conflicting, full_rank, gradients, gramian_of
+from tests.strategies import PUBLISHED, conflicting, full_rank, gradients, gramian_of
 
 
 @given(J=st.integers(2, 6).flatmap(lambda K: st.one_of(full_rank(K), conflicting(K))), seed=st.integers(0, 999))
@@ -29,7 +29,7 @@ def test_orders_are_permutations_of_the_others():
 
 def test_published_example():
     # G = [[18, -22], [-22, 38]]: c1 = (1, 22/38), c2 = (22/18, 1); w = (20/9, 30/19).
-    J = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+    J = PUBLISHED
     assert_close(PCGrad()(J @ J.T), torch.tensor([20 / 9, 30 / 19], dtype=torch.float64))
 
 

@@ -10,8 +10,7 @@ from torchjd.linalg import QuadprogProjector
 from gradalign.rules import PCGrad, UPGrad
 from tests.oracles import dual_cone
 from tests.oracles.agreement import assert_agrees
-from tests.rules.test_dual_proj import J_PUBLISHED, preferences
-from tests.strategies import SCALES, full_rank, gradients, gramian_of
+from tests.strategies import PUBLISHED, SCALES, full_rank, gradients, gramian_of, preferences
 
 
 @given(J=gradients(), scale=SCALES, seed=st.integers(0, 99))
@@ -22,9 +21,9 @@ def test_agrees_with_the_projections_of_raw_gradients(J, scale, seed):
 
 
 def test_published_example():
-    w = UPGrad()(gramian_of(J_PUBLISHED))
+    w = UPGrad()(gramian_of(PUBLISHED))
     assert_close(w, torch.tensor([10 / 9, 15 / 19], dtype=torch.float64))
-    assert_close(J_PUBLISHED.T @ w, torch.tensor([50.0, 325.0, 325.0], dtype=torch.float64) / 171)
+    assert_close(PUBLISHED.T @ w, torch.tensor([50.0, 325.0, 325.0], dtype=torch.float64) / 171)
 
 
 @given(J=gradients(min_groups=2, max_groups=2), scale=SCALES)
