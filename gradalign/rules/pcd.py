@@ -13,7 +13,8 @@ from gradalign.errors import finite_number
 from gradalign.rules.kinds import Anchored, Memory, StatefulRule
 from gradalign.solvers import nonnegative_quadratic, rounding, wide
 
-_MET = 1e-2  # of a share: what is missed by more cannot be had
+# Of shares that exclude one another some combination is 0, so that on average a whole share is missed.
+_MET = 0.5
 _ENDLESS = 1e3  # times the anchor's length: multipliers beyond it whose sum is rounding stand for none
 
 

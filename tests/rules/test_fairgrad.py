@@ -11,11 +11,12 @@ from torchjd.aggregation import FairGradWeighting
 
 from gradalign.rules import FairGrad, NashMTL
 from tests.oracles import fairgrad
-from tests.oracles.agreement import assert_agrees
+from tests.oracles.agreement import assert_agrees, generator
 from tests.rules.test_nash_mtl import assume_a_bargain
 from tests.strategies import (
     PUBLISHED,
     SCALES,
+    badly_scaled,
     conflicting,
     duplicated,
     full_rank,
@@ -112,3 +113,14 @@ def test_other_bad_alphas_are_refused():
         FairGrad(0)
     with pytest.raises(TypeError, match=r"`alpha` must be a number, got 'fair'"):
         FairGrad("fair")
+
+
+@given(J=st.integers(2, 6).flatmap(badly_scaled), seed=st.integers(0, 99))
+def test_steps_that_would_climb_are_halved(J, seed):
+    # At alpha = .1 a whole step of Newton's method can leave some weights too long by orders of magnitude.
+    J = J / J.norm(dim=1, keepdim=True) * 10.0 ** torch.randint(-4, 5, (len(J), 1), generator=generator(seed))
+    assume_a_bargain(J)
+    G = gramian_of(J)
+    w = FairGrad(0.1)(G)
+    terms = G.abs() @ w
+    assert_close((G @ w) / terms, w**-10.0 / terms)

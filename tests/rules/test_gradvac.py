@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -126,3 +128,30 @@ def test_bad_beta_is_refused():
         GradVac(1.5)
     with pytest.raises(TypeError, match=r"`beta` must be a number, got 'half'"):
         GradVac("half")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_target_of_one_gives_a_finite_step(dtype):
+    rule = GradVac(beta=1.0)
+    rule(torch.ones(2, 2, dtype=dtype))  # parallel: the targets are 1
+    w = rule(torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=dtype))
+    assert w.isfinite().all()
+    if dtype == torch.float64:
+        # c_2 = (t sqrt(.75) - .5 s) / s with s = sqrt(1 - t^2), t = 1 - 1e-8; s^2 = 2e-8 (1 - 5e-9).
+        s = math.sqrt(2e-8 * (1 - 5e-9))
+        assert_close(
+            w, torch.full((2,), 1 + ((1 - 1e-8) * math.sqrt(0.75) - 0.5 * s) / s, dtype=dtype), rtol=1e-7, atol=0
+        )
+
+
+def test_what_rounding_leaves_of_a_gradient_has_no_cosine():
+    # g and -g take each other away; what is left of g has no angle with h, whose target has to stay.
+    g = torch.tensor([-2.0, 3.0, 1.0], dtype=torch.float64) / 7
+    h = torch.tensor([-1.0, 9.0, -8.0], dtype=torch.float64) / 3
+    for seed in range(8):
+        rule = GradVac(seed=seed)
+        G = gramian_of(torch.stack([g, -g, h]))
+        first = GradVac(seed=seed)._orders(G)[0, 0]  # whom group 0 meets first
+        rule(G)
+        if first == 1:
+            assert target_after(rule)[0, 2] == 0

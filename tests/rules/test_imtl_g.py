@@ -97,3 +97,16 @@ def test_agrees_with_torchjd(J):
     theirs = IMTLGWeighting()(G)
     assume(theirs.abs().sum() < 1e3)
     assert_close(IMTLG()(G), theirs, rtol=1e-6, atol=1e-6)  # both carry the condition of G times rounding
+
+
+def test_a_small_sum_is_still_a_sum():
+    # Norms 1, 1, r, cosines a between the first two and b with the third: Cu = 1 has u_1 = u_2
+    # = (1 - b) / (1 + a - 2 b^2) = .03 / .0182 and u_3 = 1 - 2 b u_1 = -2.198. The sum 3.297 - 2.198 / r is .011 for
+    # r = .669, its terms are 6.6 together.
+    a, b, r = 0.9, 0.97, 0.669
+    C = torch.tensor([[1.0, a, b], [a, 1.0, b], [b, b, 1.0]], dtype=torch.float64)
+    norms = torch.tensor([1.0, 1.0, r], dtype=torch.float64)
+    u = torch.linalg.solve(C, torch.ones(3, dtype=torch.float64))
+    w = u / norms
+    assert w.sum().abs() < 5e-3 * w.abs().sum()
+    assert_close(IMTLG()(C * norms.outer(norms)), w / w.sum(), rtol=1e-9, atol=0)  # eps, times the cancellation

@@ -141,3 +141,26 @@ def test_zero_gradients():
 def test_hyper_parameters_out_of_range_are_refused(name, value, message):
     with pytest.raises(ValueError, match=message):
         PCD(**{name: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shares_that_exclude_one_another_in_one_dimension_leave_the_anchor(dtype):
+    # <h_2, e> >= tau and <h_3, e> >= tau with h_2 = -h_3: in float32 G is off by enough to meet them with weights of
+    # 1e5, which add up to rounding.
+    J = torch.tensor([[0.2712765], [-1.2729183], [0.5026970]], dtype=dtype)
+    assert_close(PCD()(J @ J.T), torch.tensor([1.0, 0.0, 0.0], dtype=dtype))
+
+
+def test_shares_that_can_just_be_had_are():
+    # h_2 = (0, 1, t), h_3 = (0, -1, t): e = (1, 0, tau (1 + t^2) / t), with weights of tau / t^2.
+    t = 1e-4
+    J = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, t], [0.0, -1.0, t]], dtype=torch.float64)
+    e = torch.tensor([1.0, 0.0, 0.02 * math.sqrt(1 + t * t) / t], dtype=torch.float64)
+    assert_close(J.T @ PCD()(gramian_of(J)), e / e.norm(), rtol=1e-6, atol=1e-6)  # 1e-16 of G, times weights of 1e8
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_direction_that_vanishes_is_no_direction(scale):
+    # tau = 0 against an opposite auxiliary: e = g_a + g_k = 0, by rounding only nearly.
+    g = torch.tensor([0.1, 0.7, -0.3], dtype=torch.float64) * scale
+    assert not PCD(tau=0.0)(gramian_of(torch.stack([g, -3.0 * g]))).any()

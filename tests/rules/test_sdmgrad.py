@@ -157,3 +157,11 @@ def test_hyper_parameters_out_of_range_are_refused(name, value, message):
 def test_batches_that_do_not_divide_the_groups_are_refused():
     with pytest.raises(ValueError, match=r"got 3"):
         SDMGrad(batches=2)(torch.eye(3))
+
+
+@given(J=st.integers(1, 3).flatmap(full_rank), scale=SCALES)
+def test_batches_that_contradict_each_other_have_a_unit_too(J, scale):
+    # diag(A) < 0 throughout: A is divided by its magnitudes, so that the losses' scale makes no difference.
+    scale = 2.0 ** round(math.log2(scale))
+    J = torch.cat([J, -J])
+    assert torch.equal(SDMGrad(batches=2)(gramian_of(J * scale)), SDMGrad(batches=2)(gramian_of(J)))
