@@ -47,6 +47,11 @@ def check_rule(rule: object) -> Rule | RowRule:
             f"`rule` must be a Rule, a RowRule, or the name of one, see gradalign.rules.names(), got {kind};"
             f" write {example}."
         )
+    if not isinstance(getattr(made, "name", None), str):
+        raise TypeError(
+            f"`rule` must have a name, under which its state is saved, got {made!r} without one; declare"
+            f' name: ClassVar[str] = "..." in {type(made).__name__}.'
+        )
     return made
 
 

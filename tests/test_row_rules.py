@@ -128,6 +128,30 @@ def test_what_a_rule_makes_must_be_finite():
     assert model.trunk.weight.grad.isinf().all()
 
 
+def test_a_rule_that_makes_something_else_is_named():
+    class Flat(RowSum):
+        def _aligned(self, rows, names, block):
+            return torch.stack(list(rows))
+
+    class Listed(rules.Sum):
+        def _weights(self, G, names):
+            return [1.0, 1.0]
+
+    class Nameless(rules.Rule):
+        _weights = rules.Sum._weights
+        plain_weights = rules.Sum.plain_weights
+
+    J = torch.ones(2, 3)
+    with pytest.raises(
+        TypeError, match=r"`Flat._aligned` must return .* shape \(3,\), got one of shape \(2, 3\)"
+    ):
+        Flat()(J)
+    with pytest.raises(TypeError, match=r"`Listed._weights` must return a tensor of shape \(2,\), got list"):
+        Listed()(J @ J.T)
+    with pytest.raises(TypeError, match=r"`rule` must have a name, .* declare name: ClassVar\[str\] = .* in Nameless"):
+        aligner(models.make(models.TwoHeads), Nameless())
+
+
 def test_nan_goes_through_where_it_is_to_and_leaves_the_memory_healthy():
     model = models.make(models.TwoHeads)
     optimizer = aligner(model, rules.MoCo(), nonfinite="propagate")

@@ -110,7 +110,9 @@ class Rule(BaseRule):
         # Half precision holds no squared norm: compute in float32, return what was asked for.
         G = gramian.float() if gramian.element_size() < torch.float32.itemsize else gramian
         poison = (G * 0).sum((-2, -1)).unsqueeze(-1)  # 0, or NaN where the block is not finite
-        return (self._weights(G, names) + poison).to(gramian.dtype)
+        return (made(self._weights(G, names), G.shape[:-1], f"{type(self).__name__}._weights") + poison).to(
+            gramian.dtype
+        )
 
     @abstractmethod
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
@@ -130,6 +132,14 @@ class Rule(BaseRule):
         if names is not None and len(names) != shape[-1]:
             raise ValueError(f"`names` must name the {shape[-1]} groups of `gramian`, got {list(names)}.")
         self.check_groups(shape[-1], names)
+
+
+def made(result: object, shape: Sequence[int], by: str) -> Tensor:
+    """Return what a rule's own method made, or raise TypeError unless it is a tensor of this shape."""
+    if not isinstance(result, Tensor) or result.shape != tuple(shape):
+        got = f"one of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise TypeError(f"`{by}` must return a tensor of shape {tuple(shape)}, got {got}.")
+    return result
 
 
 def listed(names: Sequence[str] | None) -> str:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradalign.rules.base import BaseRule
+from gradalign.rules.base import BaseRule, made
 from gradalign.rules.kinds import Memory, Stateful
 from gradalign.solvers import wide
 
@@ -51,7 +51,8 @@ class RowRule(BaseRule):
         poison = torch.zeros_like(wide[0])
         for row in wide:
             poison.add_(row, alpha=0)  # 0, or NaN where an element is not finite
-        return (self._aligned(wide, names, block) + poison).to(dtype)
+        aligned = made(self._aligned(wide, names, block), wide[0].shape, f"{type(self).__name__}._aligned")
+        return (aligned + poison).to(dtype)
 
     @abstractmethod
     def _aligned(self, rows: Sequence[Tensor], names: Sequence[str] | None, block: int) -> Tensor:
