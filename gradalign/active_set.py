@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradalign.algebra import times
+
 # Added to the diagonal of a matrix of cosines, the first of them that makes it positive definite. The first is of the
 # order of the rounding of G, which can leave a singular G indefinite; the others are for what is more so than that.
 RIDGES = (1e-14, 1e-12, 1e-9, 1e-6, 1e-3, 1.0, 1e3)
@@ -15,11 +17,6 @@ RIDGES = (1e-14, 1e-12, 1e-9, 1e-6, 1e-3, 1.0, 1e3)
 _ROUNDS = 6  # block pivots, of which 3 to 5 are usual, before the slow and sure method takes over
 _CLOSED = 2  # the largest K with a closed form
 SIGN = 1e-14  # what counts as negative, in units of the largest number that it is a sum of
-
-
-def times(M: Tensor, x: Tensor) -> Tensor:
-    """Return the products Mx, (..., K)."""
-    return (M @ x.unsqueeze(-1)).squeeze(-1)
 
 
 class NonnegativeProgram:

@@ -10,29 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradalign.active_set import SIGN, NonnegativeProgram, positive_ridge, times
+from gradalign.active_set import SIGN, NonnegativeProgram, positive_ridge
+from gradalign.algebra import cosines, quadratic, rounding, times, wide
 
 _USUAL_STEPS = 10
 _NEWTON_STEPS = 64  # 6 to 10 are usual; nearly stationary losses need one more for each doubling of the weights
 _LAST_CHANGE = 1e-9  # of a weight, relative, in the last step of Newton's method: its square is left
 _INSIDE = 0.99  # of the way to the bound w = 0 that a step may take at most
-
-
-def wide(G: Tensor) -> Tensor:
-    """Return G in float64 (float32 on devices that have no float64)."""
-    return G.to(torch.float32 if G.device.type == "mps" else torch.float64)
-
-
-def cosines(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the cosines between the rows, (..., K, K), the rows' norms and their inverses, (..., K).
-
-    A zero row is orthogonal to all others, and has the inverse 0.
-    """
-    norms = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    inverse = torch.where(norms > 0, 1 / norms, 0.0)
-    C = (G * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)).clamp_(-1.0, 1.0)
-    C.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    return C, norms, inverse
 
 
 def dual_cone_projection(G: Tensor, u: Tensor) -> Tensor:
@@ -128,11 +112,11 @@ def best_move_in_ball(G: Tensor, p: Tensor, c: float) -> Tensor:
     x, least = torch.zeros_like(p), NonnegativeProgram(C, p.shape[:-1])
     for _ in range(_NEWTON_STEPS // 2):
         x = least(margin * inverse - products, corrected=False)
-        distance = (x * times(C, x)).sum(-1, keepdim=True).clamp(min=0).sqrt()
+        distance = quadratic(C, x).sqrt()
         slope = (x * inverse).sum(-1, keepdim=True)  # of the squared distance in the margin, halved
         moving = ((distance - radius).abs() > SIGN * radius) & (slope > 0)
         moving = moving & ((margin < ceiling) | (distance > radius))
-        lower = margin - (distance - radius) * distance / slope.where(moving, 1.0)
+        lower = margin - (distance - radius) * distance / slope
         margin = torch.where(moving, lower.minimum(ceiling), margin)
         if G.device.type == "cpu" and not bool(moving.any()):
             break
@@ -153,33 +137,6 @@ def project_onto_simplex(w: Tensor) -> Tensor:
     # With the k largest left positive each of them loses this; the right k loses most.
     losses = (w.sort(-1, descending=True).values.cumsum(-1) - 1) / counts
     return (w - losses.amax(-1, keepdim=True)).clamp(min=0)
-
-
-def eigenvalues(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues, ascending, and the eigenvectors by columns; of zeros where a program is not finite.
-
-    Waits for the device on CUDA.
-    """
-    finite = G.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    L, V = torch.linalg.eigh(G.where(finite, 0.0))  # NaN would end the whole batch in an error
-    return L, V
-
-
-def rounding(G: Tensor) -> float:
-    """Return what share of the largest eigenvalue of G (..., K, K), in G's dtype, can be rounding of its elements."""
-    return 16 * G.shape[-1] * torch.finfo(G.dtype).eps
-
-
-def solve_consistently(C: Tensor, t: Tensor, least: float) -> Tensor:
-    """Return pinv(C) t, (..., K), for a symmetric positive semi-definite C of unit diagonal, in its dtype.
-
-    Eigenvalues, and components of t along the eigenvectors, below ``least`` of the largest count as zero. Waits for the
-    device on CUDA, for the eigenvalues.
-    """
-    L, V = eigenvalues(C)
-    along = times(V.mT, t)
-    kept = (least * L[..., -1:] < L) & (along.abs() > least * t.abs().amax(-1, keepdim=True))
-    return times(V, torch.where(kept, along / L.where(kept, 1.0), 0.0))
 
 
 def fair_weights(G: Tensor, exponent: float) -> Tensor:

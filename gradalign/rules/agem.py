@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import quadratic, quotient
 from gradalign.rules.kinds import AnchoredRule
 
 
@@ -44,9 +45,7 @@ class AGEM(AnchoredRule):
         others = torch.ones_like(G[..., 0])
         others[..., a] = 0.0
         product = (G[..., a] * others).sum(-1, keepdim=True)
-        square = (others * (G @ others.unsqueeze(-1)).squeeze(-1)).sum(-1, keepdim=True)
-        back = torch.where(square > 0, -product.clamp(max=0) / square.where(square > 0, 1.0), 0.0)
-        w = back * others
+        w = quotient(-product.clamp(max=0), quadratic(G, others)) * others
         w[..., a] = 1.0
         return w
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import eigenvalues, rounding, wide
 from gradalign.errors import unknown_name
 from gradalign.rules.kinds import PreferenceRule
-from gradalign.solvers import eigenvalues, rounding, wide
 
 _SCALES = ("min", "median", "mean")
 
@@ -55,7 +55,7 @@ class AlignedMTL(PreferenceRule):
         L, V = eigenvalues(wide(G))
         kept = rounding(G) * L[..., -1:] < L
         s = self._chosen(L, kept)
-        B = torch.where(kept, (s / L.where(kept, 1.0)).sqrt(), 0.0)
+        B = torch.where(kept, (s / L).sqrt(), 0.0)
         w: Tensor = V @ (B.unsqueeze(-1) * (V.mT @ p))
         return w.squeeze(-1).to(G.dtype)
 

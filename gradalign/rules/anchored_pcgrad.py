@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import quotient
 from gradalign.errors import finite_number
 from gradalign.rules.kinds import AnchoredRule
 
@@ -50,9 +51,8 @@ class AnchoredPCGrad(AnchoredRule):
 
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
         a = self.anchor_index(G.shape[-1], names)
-        square = G[..., a, a].unsqueeze(-1)
-        # A zero anchor conflicts with nothing. Its own product is positive, and so left out.
-        conflicts = torch.where(square > 0, G[..., a].clamp(max=0) / square.where(square > 0, 1.0), 0.0)
+        # The anchor's own product is positive, and so left out.
+        conflicts = quotient(G[..., a].clamp(max=0), G[..., a, a].unsqueeze(-1))
         w = torch.full_like(G[..., 0], self.alpha)
         w[..., a] = (1 - self.alpha) - self.alpha * conflicts.sum(-1)
         return w

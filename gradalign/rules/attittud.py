@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import eigenvalues, rounding, wide
 from gradalign.errors import finite_number, positive_integer
 from gradalign.rules.kinds import AnchoredRule, check_group, group_index
-from gradalign.solvers import eigenvalues, rounding, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class ATTITTUD(AnchoredRule):
         kept = least * L[..., -1:] < L
         if self.rank is not None:
             kept[..., : max(0, B.shape[-1] - self.rank)] = False
-        lengths: Tensor = torch.where(kept, L.where(kept, 1.0).rsqrt(), 0.0)
+        lengths: Tensor = torch.where(kept, L.rsqrt(), 0.0)
         directions: Tensor = U * lengths.unsqueeze(-2)
         return directions
 

@@ -37,12 +37,12 @@ class BaseRule(ABC):
     def __post_init__(self) -> None:  # noqa: B027, the end of a chain to which each kind of rule adds its checks
         pass
 
-    @abstractmethod
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return the weights of the weighted sum that the rule corrects, one for each of the K ``names``.
 
-        Parameters outside the aligner's scope get their gradients with these.
+        Parameters outside the aligner's scope get their gradients with these. Here the mean's, 1/K each.
         """
+        return (1 / len(names),) * len(names)
 
     def check_groups(self, num_groups: int, names: Sequence[str] | None) -> None:
         """Raise ValueError unless the rule can take this many loss groups, of these names where known."""
@@ -80,7 +80,7 @@ class BaseRule(ABC):
 class Rule(BaseRule):
     """Map the Gramian of K loss groups to the weights of their gradients.
 
-    A subclass is a frozen dataclass that writes one method, ``_weights``, beside ``plain_weights``.
+    A subclass is a frozen dataclass that writes one method, ``_weights``, and ``plain_weights`` where 1/K is not right.
 
     Attributes:
         rescales_anchor: The weights are zero except the anchor's, so that no other gradient is ever summed.

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradalign.errors import positive_integer
-from gradalign.rules.base import Rule, listed
+from gradalign.rules.base import listed
+from gradalign.rules.kinds import Memory, StatefulRule
 
 _MOST = 3
 
 
 @dataclass(frozen=True, eq=False)
-class BatchedRule(Rule):
-    """A rule that takes its weights from the products of two batches' gradients, A = J_1 J_2'.
+class BatchedRule(StatefulRule):
+    """A rule that moves weights from call to call by the products of two batches' gradients, A = J_1 J_2'.
 
     Args:
         batches: 1: A = G. 2: the groups are laid out (a1, b1, .., a2, b2, ..), A is the block between the batches, and
@@ -27,6 +29,8 @@ class BatchedRule(Rule):
     """
 
     batches: int = field(default=1, kw_only=True)
+
+    remembers: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,6 +45,10 @@ class BatchedRule(Rule):
                 f"`{type(self).__name__}` must have the same losses on each of the {self.batches} batches, got"
                 f" {num_groups} loss groups{listed(names)}; lay them out batch by batch."
             )
+
+    def _begin(self, G: Tensor) -> Memory:
+        n = G.shape[-1] // self.batches
+        return {"weights": torch.full_like(G[..., :n, 0], 1 / n)}
 
     def _between(self, G: Tensor) -> Tensor:
         """Return A, (..., n, n) for the n losses of one batch."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import quotient
 from gradalign.errors import finite_number
 from gradalign.rules.kinds import Anchored, Memory
 from gradalign.rules.rows import StatefulRowRule, products, share_of_present
@@ -69,8 +70,10 @@ class Bloop(Anchored, StatefulRowRule):
             if k != a:
                 auxiliary += row
         (square, along), _ = products([m, auxiliary])
-        share = torch.where(square > 0, along / square.where(square > 0, 1.0), 0.0)
-        return rows[a] + self.lam * (auxiliary - share.to(m.dtype) * m), {"average": m, "calls": memory["calls"] + 1}
+        return rows[a] + self.lam * (auxiliary - quotient(along, square).to(m.dtype) * m), {
+            "average": m,
+            "calls": memory["calls"] + 1,
+        }
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return 1 for the anchor and ``lam`` for every auxiliary."""

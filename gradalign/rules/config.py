@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import cosines, rounding, solve_consistently, times, wide
 from gradalign.rules.kinds import PreferenceRule
-from gradalign.solvers import cosines, rounding, solve_consistently, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +44,12 @@ class ConFIG(PreferenceRule):
         K = C.shape[-1]
         target = wide(self._preferred(G)) * K * (norms > 0)
         y = solve_consistently(C, target, rounding(G))
-        along = (C @ y.unsqueeze(-1)).squeeze(-1)
+        along = times(C, y)
         square = (y * along).sum(-1, keepdim=True)
         length = (norms * along).sum(-1, keepdim=True)  # 1'Gx
         # A square that is rounding is a direction that is none.
         some = square > rounding(G) * y.square().sum(-1, keepdim=True)
-        return torch.where(some, y * inverse * length / square.where(some, 1.0), 0.0).to(G.dtype)
+        return torch.where(some, y * inverse * length / square, 0.0).to(G.dtype)
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return K p, by default ones: what the rule gives orthogonal gradients of one length."""

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from gradalign.algebra import cosines
 from gradalign.errors import flag
 from gradalign.rules.kinds import AnchoredRule
-from gradalign.solvers import cosines
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import quotient
 from gradalign.errors import finite_number
 from gradalign.rules.kinds import Memory
 from gradalign.rules.rows import CHUNK, StatefulRowRule
@@ -65,16 +66,12 @@ class ExcessMTL(StatefulRowRule):
             J = torch.stack([row[start : start + CHUNK] for row in rows])
             root = S[:, start : start + CHUNK]
             torch.hypot(root, J, out=root)
-            E += torch.where(root > 0, J * (J / root.where(root > 0, 1.0)), 0.0).sum(-1)
+            E += (J * quotient(J, root)).sum(-1)
         first = torch.where(memory["calls"] == 0, E, memory["first"])
-        ratio = torch.where(first > 0, E / first.where(first > 0, 1.0), 0.0)
+        ratio = quotient(E, first)
         log_weights = (memory["log_weights"] + self.lr * ratio).log_softmax(-1)
         w = log_weights.exp()
         d = torch.zeros_like(rows[0])
         for row, weight in zip(rows, w.unbind(), strict=True):
             d.addcmul_(row, weight)
         return d, {"roots": S, "first": first, "log_weights": log_weights, "calls": memory["calls"] + 1}
-
-    def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
-        """Return 1/K for each group."""
-        return (1 / len(names),) * len(names)

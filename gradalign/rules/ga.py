@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import quotient
 from gradalign.errors import finite_number, flag
 from gradalign.rules.kinds import AnchoredRule
 
@@ -27,10 +28,8 @@ class _GradientAlignment(AnchoredRule):
         object.__setattr__(self, "alpha", finite_number("alpha", self.alpha, 0.0, 1.0))
 
     def _projections(self, G: Tensor, a: int) -> Tensor:
-        """Return <g_k, g_a> / <g_a, g_a>, (..., K): the length of each projection in units of g_a (Eq. 5)."""
-        square = G[..., a, a].unsqueeze(-1)
-        # A zero anchor has no direction to project on: every projection is 0.
-        return torch.where(square > 0, G[..., a] / square.where(square > 0, 1.0), 0.0)
+        """Return <g_k, g_a> / <g_a, g_a>, (..., K): each projection's length in units of g_a (Eq. 5), 0 of g_a = 0."""
+        return quotient(G[..., a], G[..., a, a].unsqueeze(-1))
 
     def _on_anchor(self, weight: Tensor, G: Tensor, a: int) -> Tensor:
         """Return (..., K) with ``weight`` (...) at the anchor and zeros elsewhere."""

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import wide
 from gradalign.errors import finite_number
 from gradalign.rules.kinds import AnchoredRule
-from gradalign.solvers import nonnegative_quadratic, wide
+from gradalign.solvers import nonnegative_quadratic
 
 
 @dataclass(frozen=True, eq=False)

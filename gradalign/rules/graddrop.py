@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import quotient
 from gradalign.errors import finite_number, finite_numbers
 from gradalign.rules.base import listed
 from gradalign.rules.kinds import Random
@@ -68,7 +69,7 @@ class GradDrop(Random, RowRule):
         for row in rows:
             total += row
             size += row.abs()
-        purity = torch.where(size > 0, 1 + total / size.where(size > 0, 1.0), 1.0) / 2
+        purity = (1 + quotient(total, size)) / 2
         draws = self._uniform(rows[0])
         positive = purity > draws
         negative = ~positive  # where P = U = 0 too: of all negative gradients none is dropped

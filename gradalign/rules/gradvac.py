@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import lengths, quotient, rounding
 from gradalign.errors import finite_number
 from gradalign.rules.kinds import Memory, Random, StatefulRule
-from gradalign.solvers import rounding
 
 _PARALLEL = 1 - 1e-8  # the largest target: a cosine of 1 would take a step without end
 
@@ -61,8 +61,9 @@ class GradVac(Random, StatefulRule):
         orders = self._orders(G)
         targets = memory["targets"].gather(-1, orders)  # (..., K, K - 1): each pair comes once
         t = targets.clamp(max=min(_PARALLEL, 1 - 4 * torch.finfo(G.dtype).eps))
-        norms = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2).expand_as(G).gather(-1, orders)
-        inverse = torch.where(norms > 0, 1 / norms, 0.0)  # 0 for a zero gradient: no step towards it
+        sizes, least = lengths(G).unsqueeze(-2), rounding(G)
+        norms = sizes.expand_as(G).gather(-1, orders)
+        inverse = quotient(torch.ones_like(norms), norms)  # 0 for a zero gradient: no step towards it
         others = G.unsqueeze(-3).expand(*G.shape, K).gather(-2, orders.unsqueeze(-1).expand(*orders.shape, K))
         rounds = zip(
             orders.unsqueeze(-1).unbind(-2),
@@ -74,23 +75,22 @@ class GradVac(Random, StatefulRule):
         )
         C = torch.eye(K, dtype=G.dtype, device=G.device).expand(G.shape).clone()  # row i: group i's c
         products = G.clone()  # C G
-        sizes, least = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2), rounding(G)
-        cosines, lengths = [], []
+        cosines, remainders = [], []
         for at, target, cotangent, inverse_norm, row in rounds:  # at (..., K, 1): for each group i the next j
             square = (C * products).sum(-1)
             # What is left of gradients that cancelled is rounding: it has no direction.
             length = square.where(square > least * (C.abs() * sizes).sum(-1).square(), 0.0).sqrt()
             along = products.gather(-1, at).squeeze(-1) * inverse_norm
-            phi = torch.where(length > 0, along / length, 0.0).clamp(-1.0, 1.0)
+            phi = quotient(along, length).clamp(-1.0, 1.0)
             step = length * inverse_norm * (cotangent * (1 - phi * phi).sqrt() - phi)
             step = torch.where(phi < target, step, 0.0).unsqueeze(-1)
             C.scatter_add_(-1, at, step)
             products.addcmul_(step, row)
             cosines.append(phi)
-            lengths.append(length)
+            remainders.append(length)
         if K == 1:
             return C.sum(-2), memory
-        seen = (torch.stack(lengths, -1) > 0) & (norms > 0)
+        seen = (torch.stack(remainders, -1) > 0) & (norms > 0)
         moved = torch.where(seen, targets.lerp(torch.stack(cosines, -1), self.beta), targets)
         return C.sum(-2), {"targets": memory["targets"].scatter(-1, orders, moved)}
 

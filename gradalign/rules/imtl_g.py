@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import cosines, rounding, solve_consistently, wide
 from gradalign.rules.base import Rule
-from gradalign.solvers import cosines, rounding, solve_consistently, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,3 @@ class IMTLG(Rule):
         total, size = w.sum(-1, keepdim=True), w.abs().sum(-1, keepdim=True)
         divisor = torch.where(total.abs() > rounding(G) * size, total, size)
         return (w / divisor.where(divisor != 0, 1.0)).to(G.dtype)
-
-    def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
-        """Return 1/K for each group."""
-        return (1 / len(names),) * len(names)

@@ -111,7 +111,7 @@ class PreferenceRule(Rule):
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return the preference."""
-        return (1 / len(names),) * len(names) if self.preference is None else tuple(self.preference)
+        return super().plain_weights(names) if self.preference is None else tuple(self.preference)
 
     def check_groups(self, num_groups: int, names: Sequence[str] | None) -> None:
         """Raise ValueError unless there is one number of the preference for each group."""

@@ -61,10 +61,6 @@ class Krum(Rule):
         selected = scores.argsort(dim=-1, stable=True)[..., : self.num_selected]
         return torch.zeros_like(scores).scatter(-1, selected, 1 / self.num_selected)
 
-    def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
-        """Return 1/K for each group."""
-        return (1 / len(names),) * len(names)
-
     def check_groups(self, num_groups: int, names: Sequence[str] | None) -> None:
         """Raise ValueError unless K >= num_byzantine + 3 and K >= num_selected."""
         super().check_groups(num_groups, names)

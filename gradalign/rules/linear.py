@@ -52,10 +52,6 @@ class Mean(Rule):
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
         return fixed((1 / G.shape[-1],) * G.shape[-1], G)
 
-    def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
-        """Return 1/K for each group."""
-        return (1 / len(names),) * len(names)
-
 
 @dataclass(frozen=True, eq=False)
 class Constant(Rule):

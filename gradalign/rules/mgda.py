@@ -42,7 +42,3 @@ class MGDA(Rule):
 
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
         return min_norm_in_simplex(G).to(G.dtype)
-
-    def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
-        """Return 1/K for each group."""
-        return (1 / len(names),) * len(names)

@@ -82,7 +82,3 @@ class MoCo(StatefulRowRule):
         w = memory["weights"].to(A.dtype)
         w = project_onto_simplex(w - self.gamma * (A @ w + self.rho * w)).to(Y.dtype)
         return w @ Y, {"averages": Y, "weights": w, "calls": memory["calls"] + 1}
-
-    def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
-        """Return 1/K for each group."""
-        return (1 / len(names),) * len(names)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from gradalign.algebra import times, wide
 from gradalign.errors import finite_number, flag
 from gradalign.rules.batches import BatchedRule
-from gradalign.rules.kinds import Memory, StatefulRule
-from gradalign.solvers import project_onto_simplex, wide
+from gradalign.rules.kinds import Memory
+from gradalign.solvers import project_onto_simplex
 
 
 def in_units(A: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def in_units(A: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class MoDo(BatchedRule, StatefulRule):
+class MoDo(BatchedRule):
     """Move the weights of the last step towards MGDA's, w <- Proj(w - gamma (A + rho I) w), and use them.
 
     A = J_1 J_2' of two independent batches (see ``batches``), so that its mean is free of the noise's square.
@@ -50,7 +50,6 @@ class MoDo(BatchedRule, StatefulRule):
     relative: bool = field(default=True, kw_only=True)
 
     name: ClassVar[str] = "modo"
-    remembers: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,15 +58,11 @@ class MoDo(BatchedRule, StatefulRule):
         if not flag("relative", self.relative):
             object.__setattr__(self, "degree", math.nan)
 
-    def _begin(self, G: Tensor) -> Memory:
-        n = G.shape[-1] // self.batches
-        return {"weights": torch.full_like(G[..., :n, 0], 1 / n)}
-
     def _step(self, G: Tensor, memory: Memory, names: Sequence[str] | None) -> tuple[Tensor, Memory]:
         A = wide(self._between(G))
         A = in_units(A) if self.relative else A
         w = wide(memory["weights"])
-        w = project_onto_simplex(w - self.gamma * ((A @ w.unsqueeze(-1)).squeeze(-1) + self.rho * w)).to(G.dtype)
+        w = project_onto_simplex(w - self.gamma * (times(A, w) + self.rho * w)).to(G.dtype)
         return self._spread(w), {"weights": w}
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:

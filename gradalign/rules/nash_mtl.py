@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import quadratic
 from gradalign.errors import finite_number, positive_integer
 from gradalign.rules.kinds import Memory, StatefulRule
 from gradalign.solvers import fair_weights
@@ -74,7 +75,7 @@ class NashMTL(StatefulRule):
     def _shortened(self, w: Tensor, G: Tensor) -> Tensor:
         if self.max_norm is None:
             return w
-        norm = (w * (G @ w.unsqueeze(-1)).squeeze(-1)).sum(-1, keepdim=True).clamp(min=0).sqrt()
+        norm = quadratic(G, w).sqrt()
         return torch.where(norm > self.max_norm, w * (self.max_norm / norm), w)
 
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:

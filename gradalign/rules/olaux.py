@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import quotient
 from gradalign.errors import finite_number, flag, positive_integer
 from gradalign.rules.kinds import Anchored, Memory, StatefulRule
 
@@ -71,8 +72,7 @@ class OLAux(Anchored, StatefulRule):
         a = self.anchor_index(G.shape[-1], names)
         products = G[..., a]
         if self.relative:
-            square = G[..., a, a].unsqueeze(-1)
-            products = torch.where(square > 0, products / square.where(square > 0, 1.0), 0.0)
+            products = quotient(products, G[..., a, a].unsqueeze(-1))
         sums = memory["sums"] + products
         calls = memory["calls"] + 1
         due = (calls % self.horizon == 0).unsqueeze(-1)

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import lengths, quadratic, rounding, times, wide
 from gradalign.errors import finite_number
 from gradalign.rules.kinds import Anchored, Memory, StatefulRule
-from gradalign.solvers import nonnegative_quadratic, rounding, wide
+from gradalign.solvers import nonnegative_quadratic
 
 # Of shares that exclude one another some combination is 0, so that on average a whole share is missed.
 _MET = 0.5
@@ -73,21 +74,21 @@ class PCD(Anchored, StatefulRule):
         scale = torch.where(squares > 0, wide(squares).rsqrt(), 0.0)
         H = wide(G) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
         w = self._bent(H, a, rounding(G)) * scale
-        length = (wide(now)[..., a, None] / _square(wide(G), w)).sqrt()
+        length = (wide(now)[..., a, None] / quadratic(wide(G), w)).sqrt()
         return torch.where(length.isfinite(), w * length, 0.0).to(G.dtype), {"squares": squares}
 
     def _bent(self, H: Tensor, a: int, least: float) -> Tensor:
         """Return the weights of e on the h, (..., K), zeros where e = 0."""
         only = torch.zeros_like(H[..., 0])
         only[..., a] = 1.0
-        sizes = H.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        sizes = lengths(H)
         shares = (self.tau * sizes.square() - H[..., a]) * (1 - only)
         among = H * (1 - only).unsqueeze(-1) * (1 - only).unsqueeze(-2)  # the anchor has no share, and no multiplier
         multipliers = nonnegative_quadratic(among, shares)
         w = only + multipliers
         total = (w * sizes).sum(-1, keepdim=True)
-        square = _square(H, w)
-        missed = shares - (among @ multipliers.unsqueeze(-1)).squeeze(-1)
+        square = quadratic(H, w)
+        missed = shares - times(among, multipliers)
         # Shares that exclude one another are missed, or are met by rounding alone, at the price of endless multipliers.
         rounded = square <= least * total.square()
         met = (missed <= _MET * self.tau * sizes.square() + least * sizes * total).all(-1, keepdim=True)
@@ -97,8 +98,3 @@ class PCD(Anchored, StatefulRule):
     def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
         """Return ones: where all gradients agree, each loss makes its progress."""
         return (1.0,) * len(names)
-
-
-def _square(G: Tensor, w: Tensor) -> Tensor:
-    """Return w'Gw, (..., 1)."""
-    return (w * (G @ w.unsqueeze(-1)).squeeze(-1)).sum(-1, keepdim=True).clamp(min=0)

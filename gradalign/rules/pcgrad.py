@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import quotient
 from gradalign.rules.kinds import RandomRule
 
 
@@ -47,9 +48,7 @@ class PCGrad(RandomRule):
         C = torch.eye(K, dtype=G.dtype, device=G.device).expand(G.shape).clone()  # row i: group i's c
         for j in planes.unbind(-1):  # (..., K): for each group i the next j
             products = (G.gather(-2, j.unsqueeze(-1).expand_as(G)) * C).sum(-1)  # (Gc)_j, one for each i
-            square = squares.gather(-1, j)
-            # A zero gradient has no plane, and takes nothing away.
-            steps = torch.where(square > 0, -products.clamp(max=0) / square.where(square > 0, 1.0), 0.0)
+            steps = quotient(-products.clamp(max=0), squares.gather(-1, j))  # a zero gradient takes nothing away
             C.scatter_add_(-1, j.unsqueeze(-1), steps.unsqueeze(-1))
         return C.sum(-2)
 

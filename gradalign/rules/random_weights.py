@@ -35,7 +35,3 @@ class RandomWeights(RandomRule):
     def _weights(self, G: Tensor, names: Sequence[str] | None) -> Tensor:
         z = torch.randn(G.shape[:-1], generator=self._generator, dtype=torch.float64)
         return z.softmax(-1).to(G.device, G.dtype, non_blocking=True)
-
-    def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
-        """Return 1/K for each group, the mean of the draws."""
-        return (1 / len(names),) * len(names)

@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import wide
 from gradalign.rules.base import BaseRule, made
 from gradalign.rules.kinds import Memory, Stateful
-from gradalign.solvers import wide
 
 CHUNK = 2**16  # elements of each row that are taken at once, so that no second copy of all rows is made
 
@@ -23,7 +23,8 @@ CHUNK = 2**16  # elements of each row that are taken at once, so that no second 
 class RowRule(BaseRule):
     """Map the K gradients to the aligned gradient.
 
-    It needs the rows that only the stacked collector keeps. A subclass writes ``_aligned`` beside ``plain_weights``.
+    It needs the rows that only the stacked collector keeps. A subclass writes ``_aligned``, and ``plain_weights`` where
+    1/K is not right.
     """
 
     def __call__(

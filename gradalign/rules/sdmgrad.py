@@ -9,15 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import times, wide
 from gradalign.errors import finite_number, positive_integer
 from gradalign.rules.base import listed
 from gradalign.rules.batches import BatchedRule
-from gradalign.rules.kinds import Memory, StatefulRule, check_preference, fixed
-from gradalign.solvers import project_onto_simplex, wide
+from gradalign.rules.kinds import Memory, check_preference, fixed
+from gradalign.solvers import project_onto_simplex
 
 
 @dataclass(frozen=True, eq=False)
-class SDMGrad(BatchedRule, StatefulRule):
+class SDMGrad(BatchedRule):
     """Descend on norm(J'(w + lam p))^2 over the simplex from the last weights, and mix in the preference.
 
     ``iterations`` times v <- momentum v + A (w + lam p), w <- Proj(w - lr v); the weights are
@@ -53,7 +54,6 @@ class SDMGrad(BatchedRule, StatefulRule):
     preference: Sequence[float] | None = field(default=None, kw_only=True)
 
     name: ClassVar[str] = "sdmgrad"
-    remembers: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,10 +78,6 @@ class SDMGrad(BatchedRule, StatefulRule):
         n = num_groups // self.batches
         return (1 / n,) * n if self.preference is None else tuple(self.preference)
 
-    def _begin(self, G: Tensor) -> Memory:
-        n = G.shape[-1] // self.batches
-        return {"weights": torch.full_like(G[..., :n, 0], 1 / n)}
-
     def _step(self, G: Tensor, memory: Memory, names: Sequence[str] | None) -> tuple[Tensor, Memory]:
         A = wide(self._between(G))
         p = fixed(self._preference(G.shape[-1]), A)
@@ -91,7 +87,7 @@ class SDMGrad(BatchedRule, StatefulRule):
         A = A / norm.where(norm > 0, 1.0).square()[..., None, None]
         w, velocity = wide(memory["weights"]), torch.zeros_like(p)
         for _ in range(self.iterations):
-            velocity = self.momentum * velocity + (A @ (w + self.lam * p).unsqueeze(-1)).squeeze(-1)
+            velocity = self.momentum * velocity + times(A, w + self.lam * p)
             w = project_onto_simplex(w - self.lr * velocity)
         mixed = (w + self.lam * p) / (1 + self.lam)
         return self._spread(mixed).to(G.dtype), {"weights": w.to(G.dtype)}

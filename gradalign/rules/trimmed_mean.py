@@ -58,7 +58,3 @@ class TrimmedMean(RowRule):
             ordered = torch.stack([row[part] for row in rows]).sort(0).values
             d[part] = ordered[self.trim : len(rows) - self.trim].mean(0)
         return d
-
-    def plain_weights(self, names: Sequence[str]) -> tuple[float, ...]:
-        """Return 1/K for each group."""
-        return (1 / len(names),) * len(names)
