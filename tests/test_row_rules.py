@@ -142,9 +142,7 @@ def test_a_rule_that_makes_something_else_is_named():
         plain_weights = rules.Sum.plain_weights
 
     J = torch.ones(2, 3)
-    with pytest.raises(
-        TypeError, match=r"`Flat._aligned` must return .* shape \(3,\), got one of shape \(2, 3\)"
-    ):
+    with pytest.raises(TypeError, match=r"`Flat._aligned` must return .* shape \(3,\), got one of shape \(2, 3\)"):
         Flat()(J)
     with pytest.raises(TypeError, match=r"`Listed._weights` must return a tensor of shape \(2,\), got list"):
         Listed()(J @ J.T)
