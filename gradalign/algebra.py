@@ -39,6 +39,12 @@ def lengths(G: Tensor) -> Tensor:
     return G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
 
 
+def in_units(A: Tensor) -> Tensor:
+    """Return A (..., K, K) divided by the mean of its diagonal's magnitudes, as it is where that is zero."""
+    unit = A.diagonal(dim1=-2, dim2=-1).abs().mean(-1)
+    return A / unit.where(unit > 0, 1.0)[..., None, None]
+
+
 def cosines(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the cosines between the rows, (..., K, K), the rows' norms and their inverses, (..., K).
 

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradalign.algebra import in_units
 from gradalign.errors import finite_number, flag
 from gradalign.rules.kinds import Memory
-from gradalign.rules.modo import in_units
 from gradalign.rules.rows import StatefulRowRule, products, share_of_present
 from gradalign.solvers import project_onto_simplex
 

@@ -9,17 +9,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gradalign.algebra import times, wide
+from gradalign.algebra import in_units, times, wide
 from gradalign.errors import finite_number, flag
 from gradalign.rules.batches import BatchedRule
 from gradalign.rules.kinds import Memory
 from gradalign.solvers import project_onto_simplex
-
-
-def in_units(A: Tensor) -> Tensor:
-    """Return A (..., K, K) divided by the mean of its diagonal's magnitudes, as it is where that is zero."""
-    unit = A.diagonal(dim1=-2, dim2=-1).abs().mean(-1)
-    return A / unit.where(unit > 0, 1.0)[..., None, None]
 
 
 @dataclass(frozen=True, eq=False)
