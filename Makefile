@@ -39,9 +39,15 @@ docs: .venv/.installed-dev  ## build docs/_build/html and run the examples in th
 	@echo "Running the documentation's examples ..."
 	@$(VENV_PYTHON) -m sphinx -q -W --keep-going -n -b doctest docs docs/_build/doctest
 
-bench: .venv/.installed-multiexit  ## measure what a step costs, quickly
-	@echo "Measuring the cost of a step ..."
+bench: .venv/.installed-bench  ## measure what a step costs, quickly
+	@echo "Measuring the time of a step ..."
 	@$(VENV_PYTHON) benchmarks/step_overhead.py --quick
+	@echo "Measuring the memory of a step ..."
+	@$(VENV_PYTHON) benchmarks/memory.py --quick
+	@echo "Measuring the Gramian ..."
+	@$(VENV_PYTHON) benchmarks/gramian.py --quick
+	@echo "Measuring the time against K and P ..."
+	@$(VENV_PYTHON) benchmarks/scaling.py --quick
 
 clean:  ## remove .venv, caches and everything built; of runs/, only runs/demo
 	@rm -rf .venv build dist docs/_build runs/demo
@@ -57,10 +63,11 @@ $(VENV_PYTHON):
 
 # One stamp for each set of extras. A set installs, and so stamps, the smaller ones too.
 SETS_multiexit := multiexit
-SETS_test := multiexit test
-SETS_dev := multiexit test dev
+SETS_bench := multiexit bench
+SETS_test := multiexit bench test
+SETS_dev := multiexit bench test dev
 
-.venv/.installed-multiexit .venv/.installed-test .venv/.installed-dev: \
+.venv/.installed-multiexit .venv/.installed-bench .venv/.installed-test .venv/.installed-dev: \
 .venv/.installed-%: $(VENV_PYTHON) pyproject.toml constraints.txt
 	@echo "Installing gradalign[$*] into .venv (once; it can take some minutes) ..."
 	@$(VENV_PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$*]"

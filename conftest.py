@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+
+collect_ignore = [] if find_spec("triton") else ["gradalign/kernels"]  # doctests import what they are in
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,20 @@
-"""What a benchmark writes beside its figures: on what machine and at which commit they were measured."""
+"""What a benchmark writes beside its figures: how, on what machine and at which commit they were measured."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+_CPU_INFORMATION = Path("/proc/cpuinfo")
 
 
 def commit() -> str:
@@ -21,6 +26,48 @@ def commit() -> str:
 def machine() -> str:
     """Return the kind of machine, its CPUs and the threads in use."""
     return f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+
+
+def device_name(device: str) -> str:
+    """Return the model of an accelerator, or of the CPU where the system tells it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if _CPU_INFORMATION.exists():
+        for line in _CPU_INFORMATION.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "CPU"
+
+
+def versions(distributions: Sequence[str]) -> dict[str, str]:
+    """Return the installed version of each distribution."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def record(device: str, peers: Sequence[str] = ()) -> dict[str, object]:
+    """Return how and on what is measured.
+
+    Args:
+        device: As torch names it.
+        peers: Distributions that are measured beside gradalign.
+    """
+    return {
+        # The script by its place in the checkout, wherever that lies.
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "device name": device_name(device),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "peers": versions(peers),
+    }
 
 
 def write(path: Path, results: Mapping[str, object]) -> None:

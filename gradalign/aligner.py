@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, overload
 
@@ -11,27 +11,26 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradalign.arguments import (
+    check_anchor,
     check_choice,
     check_collector,
     check_optimizer,
-    check_parameters,
+    check_own_state,
+    check_probe,
     check_process_group,
     check_rule,
     check_update_every,
 )
+from gradalign.collectors.base import Collector
 from gradalign.collectors.losses import Losses, broken_groups, check_losses
-from gradalign.collectors.parameters import (
-    Granularity,
-    Scope,
-    check_granularity,
-    check_scope,
-    layout_key,
-    make_layout,
-)
+from gradalign.collectors.parameters import Granularity, Scope, check_granularity, check_scope
+from gradalign.collectors.probed import Probe, ProbedCollector
 from gradalign.collectors.stacked import StackedCollector
 from gradalign.errors import GradAlignError, NonFiniteError
+from gradalign.kept import Weighted
 from gradalign.report import AlignmentReport
 from gradalign.rules import RowRule, Rule
+from gradalign.steps import Step, Steps
 from gradalign.wrapper import WrappedOptimizer, step_unless
 
 
@@ -60,8 +59,12 @@ class GradientAligner(WrappedOptimizer):
             parameters. One outside the scope gets its groups' gradients with the rule's plain weights.
         granularity: What shares one Gramian: "global"; "param_group"; "tensor"; or a list of lists of parameters,
             say one for each layer, where parameters that no list holds share one more block.
-        collector: "stacked" keeps a row for each group; "auto" is "stacked".
-        update_every: 1.
+        collector: "stacked" keeps a row for each group. "streamed" keeps the anchor's alone and sees of the others
+            their products with it, for rules that only rescale their anchor: no more memory than joint training.
+            "probed" sees them without a backward of theirs, through the ``probe`` of ``backward``. "auto" is "probed"
+            where a probe is given, else "streamed" where the rule allows it, else "stacked".
+        update_every: Compute the weights at every n-th step only; between, one ordinary backward on the weighted sum,
+            or, with blocks or a scope, one of each group that has a weight.
         nonfinite: What a group's NaN or infinity does: "raise" an error that names the group; "skip" the next step
             and count it in ``skipped_steps``; "propagate" it to ``p.grad`` without waiting for the device.
         process_group: With ``torch.distributed`` running, the ranks to average over; None for this rank alone.
@@ -73,7 +76,7 @@ class GradientAligner(WrappedOptimizer):
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: An argument has no such value, or names a parameter that the optimizer does not have.
-        NotImplementedError: The argument's value is not supported yet.
+        NotImplementedError: ``torch.distributed`` runs, and ``process_group`` is not None.
 
     >>> from gradalign.rules import GASoft
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -102,9 +105,11 @@ class GradientAligner(WrappedOptimizer):
         self._scope = check_scope(scope, optimizer.param_groups)
         self._granularity = check_granularity(granularity, optimizer.param_groups)
         check_choice("nonfinite", nonfinite, ("raise", "skip", "propagate"))
-        check_collector(collector)
-        check_update_every(update_every)
+        check_collector(collector, self._rule, self._scope, self._granularity)
+        check_update_every(update_every, self._rule)
         check_process_group(process_group)
+        self._choice: str = collector
+        self._update_every = update_every
         self._nonfinite = nonfinite
         self._process_group = process_group
         super().__init__(optimizer)
@@ -116,8 +121,7 @@ class GradientAligner(WrappedOptimizer):
     def _forget(self) -> None:
         """Drop what belongs to the step at hand."""
         self.report: AlignmentReport | None = None
-        self._collector: StackedCollector | None = None
-        self._collector_key: tuple[object, ...] = ()
+        self._steps = Steps(self._rule, self._scope, self._granularity, self._choice, self._update_every)
         self._skip_step = False
 
     @property
@@ -125,42 +129,49 @@ class GradientAligner(WrappedOptimizer):
         """The rule."""
         return self._rule
 
-    def backward(self, losses: Losses, *, probe: object = None, scaler: object = None) -> None:
+    def backward(self, losses: Losses, *, probe: Probe | None = None, scaler: object = None) -> None:
         """Add the aligned gradient of the losses to ``p.grad``.
 
         Args:
             losses: Maps each loss group's name to a scalar loss, or to a sequence of them, which are summed.
-            probe: None.
+            probe: Evaluates the auxiliaries, for a rule that only rescales its anchor: a function that returns such a
+                mapping, while ``losses`` holds the anchor alone. It is called within ``backward``, once or more, with
+                dropout masks that repeat; parameters, buffers and the random state's course stay as they are. How
+                much of the batch it sees is its own choice; losses over a part of it stand for the whole.
             scaler: None.
 
         Raises:
-            TypeError: ``losses`` is no mapping of names to tensors.
+            TypeError: ``losses`` is no mapping of names to tensors, or ``probe`` no function that returns one.
             ValueError: A loss is not scalar, has no graph or reaches no parameter; the rule cannot take these
-                groups; or the groups changed under a rule that remembers them.
+                groups; the groups changed under a rule that remembers them; or the collector, the rule, the scope or
+                the granularity does not go with a probe.
             NonFiniteError: A group's gradient holds NaN or infinity, with ``nonfinite="raise"``.
-            NotImplementedError: ``probe`` or ``scaler`` is given.
+            NotImplementedError: ``scaler`` is given.
         """
-        if probe is not None:
-            raise NotImplementedError("`probe` must be None: the probed collector is not there yet.")
         if scaler is not None:
             raise NotImplementedError(
                 "`scaler` must be None: losses are not unscaled here yet; pass scaler.scale(loss) for each loss, and"
                 ' nonfinite="propagate" to the aligner.'
             )
         check_process_group(self._process_group)
+        check_probe(probe, self._choice, self._rule, self._scope, self._granularity)
         groups = check_losses(losses)
-        names = tuple(groups)
-        self._check_groups(names)
-        collector = self._collector_for(len(names))
+        if probe is None and not isinstance(self._steps.pool.current, ProbedCollector):
+            self._steps.check_groups(tuple(groups), self._groups)
+        step = self._steps.begin(self.param_groups, groups, probe, accumulating=self._accumulating)
+        collector = step.collector
+        if isinstance(collector, ProbedCollector):
+            collector.add_probe(groups, probe)
         if self._skip_step and all(p.grad is None for p in collector.layout.parameters):
             self._skip_step = False  # whoever reset p.grad, say model.zero_grad(), began a new step
-        collector.collect(list(groups.items()))
+        collector.collect(step.losses)
         if not self._accumulating:
             try:
-                self._align(collector, names)
+                self._align(step)
             finally:
                 collector.discard()
-        self._groups = names
+        elif not isinstance(collector, ProbedCollector):
+            self._groups = step.names
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -199,8 +210,8 @@ class GradientAligner(WrappedOptimizer):
 
     def _take_skip(self) -> bool:
         """Return whether this step is to be left out, once; raise where it comes too early."""
-        if self._collector is not None:
-            self._collector.check_nothing_waits()
+        if self._steps.pool.current is not None:
+            self._steps.pool.current.check_nothing_waits()
         skip, self._skip_step = self._skip_step, False
         return skip
 
@@ -212,8 +223,8 @@ class GradientAligner(WrappedOptimizer):
         """
         super().zero_grad(set_to_none=set_to_none)
         self._skip_step = False
-        if self._collector is not None:
-            self._collector.discard()
+        if self._steps.pool.current is not None:
+            self._steps.pool.current.discard()
 
     def _own_state(self) -> dict[str, Any]:
         return {
@@ -221,29 +232,15 @@ class GradientAligner(WrappedOptimizer):
             "rule_state": self._rule.state_dict(),
             "groups": None if self._groups is None else list(self._groups),
             "skipped_steps": self.skipped_steps,
+            "kept": self._steps.kept.state_dict(),
         }
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
-        known = set(self._own_state())
-        if set(state) != known:
-            raise ValueError(
-                f"`state_dict` must hold {sorted(known)} under 'gradalign', got {sorted(state)};"
-                " drop that key to load the inner optimizer's state alone."
-            )
-        if state["rule"] != self._rule.name:
-            raise ValueError(
-                f"`state_dict` must come from an aligner with the rule {self._rule.name!r}, got one with"
-                f" {state['rule']!r}; make the aligner with that rule, or drop the key 'gradalign' to start afresh."
-            )
-        groups, skipped = state["groups"], state["skipped_steps"]
-        if not (groups is None or isinstance(groups, list)) or not isinstance(skipped, int):
-            raise ValueError(
-                "`state_dict` must hold under 'gradalign' a list of `groups` or None and a number of `skipped_steps`,"
-                f" got {groups!r} and {skipped!r}."
-            )
+        check_own_state(state, set(self._own_state()), self._rule)
+        self._steps.kept.load_state_dict(state["kept"])
         self._rule.load_state_dict(state["rule_state"])
-        self._groups = None if groups is None else tuple(groups)
-        self.skipped_steps = skipped
+        self._groups = None if state["groups"] is None else tuple(state["groups"])
+        self.skipped_steps = state["skipped_steps"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the inner optimizer's state and the rule's; micro-batches that wait are dropped.
@@ -256,18 +253,23 @@ class GradientAligner(WrappedOptimizer):
             ValueError: The state does not fit; nothing is loaded then.
         """
         super().load_state_dict(state_dict)
+        kept = self._steps.kept
         self._forget()
+        self._steps.kept = kept
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: neither rows, nor report, nor hooks."""
-        kept = ("_rule", "_scope", "_granularity", "_nonfinite", "_process_group", "_groups", "skipped_steps")
-        return super().__getstate__() | {name: self.__dict__[name] for name in kept}
+        names = ("_rule", "_scope", "_granularity", "_choice", "_update_every", "_nonfinite", "_process_group")
+        kept = {name: self.__dict__[name] for name in (*names, "_groups", "skipped_steps")}
+        return super().__getstate__() | kept | {"_kept": self._steps.kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what ``__getstate__`` returned."""
+        kept = state.pop("_kept")
         super().__setstate__(state)
         self._accumulating = False
         self._forget()
+        self._steps.kept = kept
 
     def __repr__(self) -> str:
         scope = self._scope if isinstance(self._scope, str) else f"{len(self._scope)} parameters"
@@ -275,43 +277,38 @@ class GradientAligner(WrappedOptimizer):
         options = f"scope={scope!r}, granularity={blocks!r}, nonfinite={self._nonfinite!r}"
         return f"GradientAligner({self._rule!r}, {options})\n{self._inner!r}"
 
-    def _check_groups(self, names: tuple[str, ...]) -> None:
-        """Raise ValueError unless the rule, its memory and the micro-batches that wait fit these groups."""
-        self._rule.check_groups(len(names), names)
-        if self._groups is None or names == self._groups:
-            return
-        waiting = self._collector is not None and self._collector.pending
-        if self._rule.stateful or waiting:
-            why = "while micro-batches wait" if waiting else f"under {self._rule!r}, which remembers them"
-            raise ValueError(
-                f"`losses` must keep the loss groups {list(self._groups)} {why}, got {list(names)};"
-                " pass the same names in the same order, or make a new aligner."
-            )
-
-    def _collector_for(self, num_groups: int) -> StackedCollector:
-        """Return the collector of the last step, or a new one where parameters or groups have changed."""
-        key = (num_groups, *layout_key(self.param_groups))
-        if self._collector is None or key != self._collector_key:
-            if len(key) == 1:
-                raise ValueError(
-                    "`optimizer` must hold a parameter that requires a gradient, got none; call requires_grad_()"
-                    " on those to be trained."
-                )
-            if self._collector is not None and (self._collector.pending or self._collector.spoiled):
-                raise RuntimeError(
-                    "The optimizer's parameters must stay the same while micro-batches wait, but some were added,"
-                    " frozen or moved; call zero_grad() and start the accumulation again."
-                )
-            check_parameters(self.param_groups)
-            layout = make_layout(self.param_groups, self._scope, self._granularity)
-            self._collector = StackedCollector(layout, num_groups, shared_only=self._scope == "shared")
-            self._collector_key = key
-        return self._collector
-
-    def _align(self, collector: StackedCollector, names: tuple[str, ...]) -> None:
+    def _align(self, step: Step) -> None:
+        collector, names = step.collector, step.names
         collector.check_targets()
+        if isinstance(collector, ProbedCollector):
+            names = (*names, *collector.evaluate(names[0]))
+            self._steps.check_groups(names, self._groups)
+            check_anchor(self._rule, names)
+        if step.weighted is not None:
+            self._write_kept(step, step.weighted)
+            return
         gramians, outside = collector.gramians()
-        broken = [] if self._nonfinite == "propagate" else broken_groups(names, gramians, outside)
+        broken = self._broken(collector, [(name,) for name in names], gramians, outside)
+        if broken:
+            weights = None if isinstance(self._rule, RowRule) else torch.full_like(gramians[..., 0], torch.nan)
+        else:
+            weights = self._write(collector, gramians, names)
+            self._steps.kept.keep(weights, names)
+        self._groups = names
+        gramians = collector.seen(gramians)
+        if self._granularity == "global":
+            gramians, weights = gramians[0], None if weights is None else weights[0]
+        self.report = AlignmentReport(
+            names, gramians, weights, bool(broken), collector=collector.name, derivative=collector.derivative
+        )
+
+    def _broken(
+        self, collector: Collector, names: Sequence[tuple[str, ...]], gramians: Tensor, outside: Tensor
+    ) -> list[str]:
+        """Return the groups with a gradient that is not finite, for which the step is left out; or raise."""
+        if self._nonfinite == "propagate":
+            return []
+        broken = [name for group in broken_groups(names, collector.squares(gramians, outside)) for name in group]
         if broken and self._nonfinite == "raise":
             raise NonFiniteError(
                 f"The gradient of loss group {' and '.join(map(repr, broken))} must be finite, got NaN or infinity;"
@@ -319,21 +316,24 @@ class GradientAligner(WrappedOptimizer):
                 tuple(broken),
             )
         if broken:
-            weights = None if isinstance(self._rule, RowRule) else torch.full_like(gramians[..., 0], torch.nan)
             self._skip_step = True
             self.skipped_steps += 1
-        else:
-            weights = self._write(collector, gramians, names)
-        if self._granularity == "global":
-            gramians, weights = gramians[0], None if weights is None else weights[0]
-        self.report = AlignmentReport(names, gramians, weights, skipped=bool(broken))
+        return broken
 
-    def _write(self, collector: StackedCollector, gramians: Tensor, names: tuple[str, ...]) -> Tensor | None:
+    def _write_kept(self, step: Step, weighted: Weighted) -> None:
+        """Add to ``p.grad`` what the weights of an earlier step make of the gradients."""
+        if self._nonfinite != "propagate" and self._broken(step.collector, weighted.names, *step.collector.gramians()):
+            return
+        step.collector.write(weighted.weights, weighted.support, weighted.plain)
+        self._steps.kept.spend()
+
+    def _write(self, collector: Collector, gramians: Tensor, names: tuple[str, ...]) -> Tensor | None:
         """Add the aligned gradient to ``p.grad``; return the weights, or None where the rule has none."""
         rule, plain, previous = self._rule, self._rule.plain_weights(names), self._rule.state_dict()
         finite = self._finite
         try:
             if isinstance(rule, RowRule):
+                assert isinstance(collector, StackedCollector)
                 collector.write_rows(lambda b, rows: finite("aligned gradient", rule(rows, names, block=b)), plain)
                 return None
             weights = finite("weights", rule(gramians, names))

@@ -61,19 +61,76 @@ def check_choice(argument: str, value: object, known: tuple[str, ...]) -> None:
         raise unknown_name(argument, value, known)
 
 
-def check_collector(collector: object) -> None:
-    """Raise unless this names a collector that is there."""
+def check_collector(collector: object, rule: BaseRule, scope: object, granularity: object) -> None:
+    """Raise unless this names a collector that can serve the rule, the scope and the granularity."""
     check_choice("collector", collector, ("auto", "stacked", "streamed", "probed"))
-    if collector in ("streamed", "probed"):
-        raise NotImplementedError(f'`collector` must be "auto" or "stacked": {collector!r} is not there yet.')
+    if collector in ("streamed", "probed") and not rescales_anchor(rule):
+        raise ValueError(
+            f"`collector` must be 'stacked' or 'auto' with {rule!r}, got {collector!r}; that one sees an auxiliary only"
+            " through its product with the anchor's gradient, which is enough for GASoft and GAHard."
+        )
+    if collector == "probed":
+        check_whole(scope, granularity, "with collector='probed'")
 
 
-def check_update_every(update_every: object) -> None:
-    """Raise unless weights are to be computed at every step."""
+def check_whole(scope: object, granularity: object, when: str) -> None:
+    """Raise ValueError unless one Gramian over all parameters is asked for, the only one that a probe can see."""
+    for argument, value, needed in (("scope", scope, "all"), ("granularity", granularity, "global")):
+        if value != needed:
+            got = repr(value) if isinstance(value, str) else "parameters of your choice"
+            raise ValueError(f"`{argument}` must be {needed!r} {when}, got {got}; or take collector='streamed'.")
+
+
+def check_probe(probe: object, collector: str, rule: BaseRule, scope: object, granularity: object) -> None:
+    """Raise unless this is a callable that the aligner's collector, rule, scope and granularity can use."""
+    if probe is None:
+        if collector == "probed":
+            raise ValueError(
+                "`probe` must be given with collector='probed', got None; write"
+                ' backward({"ce": ce}, probe=lambda: {"kd": ...}), or take collector=\'streamed\'.'
+            )
+        return
+    if not callable(probe):
+        raise TypeError(
+            f"`probe` must be a function without arguments that returns losses, got {type(probe).__name__};"
+            ' write probe=lambda: {"kd": ...}.'
+        )
+    if collector in ("stacked", "streamed"):
+        raise ValueError(
+            f"`probe` must be None with collector={collector!r}, got a function; make the aligner with"
+            " collector='probed' or 'auto', or pass the losses."
+        )
+    if not rescales_anchor(rule):
+        raise ValueError(
+            f"`probe` must be None with {rule!r}, which combines all gradients, got a function; pass the losses, or"
+            " take a rule that only rescales its anchor, such as GASoft or GAHard."
+        )
+    check_whole(scope, granularity, "with a `probe`")
+
+
+def rescales_anchor(rule: BaseRule) -> bool:
+    """Return whether the rule's weights are zero but for the anchor's, and need the anchor's row of G alone."""
+    return isinstance(rule, Rule) and rule.rescales_anchor
+
+
+def check_anchor(rule: BaseRule, names: Sequence[str]) -> None:
+    """Raise ValueError unless the first of these groups, the one beside the probe's, is the rule's anchor."""
+    if isinstance(rule, Rule) and rule.support(names) != (0,):
+        raise ValueError(
+            f"`losses` must hold the anchor of {rule!r} beside a `probe`, got {names[0]!r}; pass the anchor's loss, and"
+            " let the probe return the others."
+        )
+
+
+def check_update_every(update_every: object, rule: BaseRule) -> None:
+    """Raise unless this is a number of steps, and the rule has weights that can be kept for them."""
     if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
         raise ValueError(f"`update_every` must be an integer of at least 1, got {update_every!r}.")
-    if update_every != 1:
-        raise NotImplementedError(f"`update_every` must be 1, got {update_every}: rarer updates are not there yet.")
+    if update_every > 1 and not isinstance(rule, Rule):
+        raise ValueError(
+            f"`update_every` must be 1 with {rule!r}, which has no weights to keep, got {update_every}; choose a rule"
+            " of the Gramian."
+        )
 
 
 def check_process_group(process_group: object) -> None:
@@ -89,4 +146,24 @@ def check_process_group(process_group: object) -> None:
         raise ValueError(
             "`process_group` must be 'auto' or None while torch.distributed does not run, got"
             f" {type(process_group).__name__}; call torch.distributed.init_process_group first."
+        )
+
+
+def check_own_state(state: Mapping[str, Any], known: set[str], rule: BaseRule) -> None:
+    """Raise ValueError unless an aligner with this rule saved this, under its key of ``state_dict``."""
+    if set(state) != known:
+        raise ValueError(
+            f"`state_dict` must hold {sorted(known)} under 'gradalign', got {sorted(state)};"
+            " drop that key to load the inner optimizer's state alone."
+        )
+    if state["rule"] != rule.name:
+        raise ValueError(
+            f"`state_dict` must come from an aligner with the rule {rule.name!r}, got one with"
+            f" {state['rule']!r}; make the aligner with that rule, or drop the key 'gradalign' to start afresh."
+        )
+    groups, skipped = state["groups"], state["skipped_steps"]
+    if not (groups is None or isinstance(groups, list)) or not isinstance(skipped, int):
+        raise ValueError(
+            "`state_dict` must hold under 'gradalign' a list of `groups` or None and a number of `skipped_steps`,"
+            f" got {groups!r} and {skipped!r}."
         )

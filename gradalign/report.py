@@ -22,12 +22,17 @@ class AlignmentReport:
         weights: (K,) or (blocks, K), dimensionless; NaN where the step was skipped; None where the rule is no function
             of the Gramian and the aligned gradient no weighted sum.
         skipped: The step is left out, for a loss group was not finite (``nonfinite="skip"``).
+        collector: "stacked", "streamed" or "probed", which saw the gradients. The last two do not see all products:
+            those of two auxiliaries, and in "probed" their squares, are NaN in ``gramian`` and what follows from it.
+        derivative: How "probed" saw the auxiliaries: "forward-mode" or "central-differences"; None for the others.
     """
 
     names: tuple[str, ...]
     gramian: Tensor
     weights: Tensor | None
     skipped: bool = False
+    collector: str = "stacked"
+    derivative: str | None = None
 
     @cached_property
     def norms(self) -> Tensor:
@@ -36,7 +41,7 @@ class AlignmentReport:
 
     @cached_property
     def cosines(self) -> Tensor:
-        """Cosines between the gradients, (K, K) or (blocks, K, K), in [-1, 1]; NaN where a gradient is zero."""
+        """Cosines between the gradients, (K, K) or (blocks, K, K), in [-1, 1]; NaN where one is zero."""
         scaled = self.gramian / self.norms.unsqueeze(-1) / self.norms.unsqueeze(-2)
         return scaled.clamp(-1.0, 1.0)
 

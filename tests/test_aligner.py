@@ -104,10 +104,11 @@ def test_losses_that_are_sequences_are_summed():
 @pytest.mark.parametrize("rule", [GASoft(0.4), GASoft(0.4, anchor="second"), GAHard(0.4), PCGrad(), "mean"])
 @pytest.mark.parametrize("scope", ["all", "shared"])
 @pytest.mark.parametrize("granularity", ["global", "tensor"])
-def test_a_rule_on_raw_gradients(rule, scope, granularity):
+@pytest.mark.parametrize("collector", ["auto", "stacked"])  # "auto" is "streamed" for GASoft and GAHard
+def test_a_rule_on_raw_gradients(rule, scope, granularity, collector):
     model = models.make(models.TwoHeads)
     raw = models.raw_gradients(model, model.losses())
-    optimizer = aligner(model, rule, scope=scope, granularity=granularity)
+    optimizer = aligner(model, rule, scope=scope, granularity=granularity, collector=collector)
     optimizer.backward(model.losses())
 
     names = list(raw)
@@ -131,6 +132,26 @@ def test_a_rule_on_raw_gradients(rule, scope, granularity):
         plain = fresh.plain_weights(names)
         expected = sum(w * (raw[k][n] if raw[k][n] is not None else zero[n]) for w, k in zip(plain, names, strict=True))
         assert_close(dict(model.named_parameters())[n].grad, expected)
+
+
+@pytest.mark.parametrize("kind", models.ALL)
+@pytest.mark.parametrize("granularity", ["global", "param_group", "tensor", "layers"])
+@pytest.mark.parametrize("scope", ["all", "shared", "some"])
+def test_streamed_equals_stacked(kind, granularity, scope):
+    model, reference = models.make(kind), models.make(kind)
+    reports = []
+    for one, collector in ((model, "streamed"), (reference, "stacked")):
+        blocks = [list(m.parameters()) for m in list(one.children())[:2]] if granularity == "layers" else granularity
+        some = list(one.parameters())[:2] if scope == "some" else scope
+        optimizer = aligner(one, GASoft(0.4), granularity=blocks, scope=some, collector=collector)
+        optimizer.backward(one.losses())
+        reports.append(optimizer.report)
+    assert_same_gradients(model, models.gradients(reference))
+    streamed, stacked = reports
+    assert (streamed.collector, stacked.collector) == ("streamed", "stacked")
+    assert_close(streamed.weights, stacked.weights, rtol=1e-5, atol=1e-9)  # of float32 gradients of two backwards
+    assert_close(streamed.gramian[..., 0], stacked.gramian[..., 0], rtol=1e-5, atol=1e-9)
+    assert streamed.gramian.isnan().any() == (len(streamed.names) > 2)
 
 
 def test_report_of_a_step():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from gradalign.gramian import _CPU_CHUNK, gramian
+from gradalign.gramian import GramianPlan, gramian, largest_whole, make_scratch
 from tests.strategies import gradients
 
 
@@ -20,13 +20,54 @@ def test_equals_the_product_in_float64(J):
     assert_close(G / sizes / sizes[:, None], J @ J.T / sizes / sizes[:, None])
 
 
-@given(
-    K=st.integers(1, 5), P=st.sampled_from([1, 2, 7, _CPU_CHUNK - 1, _CPU_CHUNK, _CPU_CHUNK + 1, 3 * _CPU_CHUNK + 5])
-)
-def test_reads_each_element_once_whatever_the_length(K, P):
-    # Small integers: every product and sum is exact, so the answer is too.
-    J = torch.randint(-8, 9, (K, P), generator=torch.Generator().manual_seed(P)).float()
+def integers(K, P):
+    """Rows of small integers: every product and sum of theirs is exact, and so the answer has to be."""
+    return torch.randint(-8, 9, (K, P), generator=torch.Generator().manual_seed(P)).float()
+
+
+@given(K=st.integers(1, 5), rooms=st.sampled_from([0, 1, 3]), more=st.sampled_from([-1, 0, 1, 5, 1023, 1025]))
+def test_reads_each_element_once_whatever_the_length(K, rooms, more):
+    J = integers(K, max(rooms * largest_whole(K, torch.device("cpu")) + more, 1))
     assert torch.equal(gramian(list(J)), (J.double() @ J.double().T))
+
+
+@given(
+    K=st.integers(1, 5),
+    sizes=st.lists(st.sampled_from([0, 1, 7, 1000, 1024, 4097, 90_000, 180_001]), min_size=1, max_size=8),
+)
+def test_rows_in_parts_are_rows(K, sizes):
+    J = integers(K, sum(sizes))
+    parts = [row.split(sizes) for row in J]
+    assert torch.equal(gramian(parts), J.double() @ J.double().T)
+
+
+@pytest.mark.parametrize("K", [1, 3, 4, 6])
+def test_a_plan_is_used_again_and_shares_its_scratch(K):
+    scratch = make_scratch(torch.device("cpu"))
+    shapes = [(2, 3), (5000,), (40, 7), (), (300_000,)]
+    plan, other = GramianPlan(shapes, K, scratch), GramianPlan([(17,)], K, scratch)
+    for seed in range(3):
+        parts = [[integers(1, torch.Size(s).numel() + seed)[0, seed:].view(s) + k for s in shapes] for k in range(K)]
+        J = torch.stack([torch.cat([part.flatten() for part in row]) for row in parts]).double()
+        assert torch.equal(plan(parts), J @ J.T)
+        assert torch.equal(
+            other([[integers(1, 17)[0]]] * K), (integers(1, 17).double() @ integers(1, 17).double().T).expand(K, K)
+        )
+
+
+def test_parts_of_any_strides_are_taken_by_their_elements():
+    part = integers(1, 12).view(3, 4)
+    plan = GramianPlan([(3, 4)], 2, make_scratch(torch.device("cpu")))
+    turned = part.t().contiguous().t()
+    assert turned.stride() != part.stride()
+    assert torch.equal(plan([[part], [turned]]), part.double().square().sum().expand(2, 2))
+
+
+@pytest.mark.parametrize("K", [2, 3, 4, 8])
+def test_equal_rows_have_equal_entries_to_the_last_bit(K):
+    row = torch.randn(100_003)
+    G = gramian([row] * K)
+    assert (G[0, 0] == G).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

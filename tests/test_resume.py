@@ -247,6 +247,6 @@ def test_a_state_with_other_keys_is_refused():
     _, optimizer = make("sum")
     state = optimizer.state_dict()
     with pytest.raises(
-        ValueError, match=r"`state_dict` must hold \['groups', 'rule', .* under 'gradalign', got \['rule'\]"
+        ValueError, match=r"`state_dict` must hold \['groups', 'kept', 'rule', .* under 'gradalign', got \['rule'\]"
     ):
         optimizer.load_state_dict({**state, "gradalign": {"rule": "sum"}})

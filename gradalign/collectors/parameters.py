@@ -1,13 +1,11 @@
-"""Which parameters take part in an alignment, in which block, and where their gradients lie in a flat row.
+"""Which parameters take part in an alignment, in which block, and how their gradients lie in memory.
 
-A *block* is what shares one Gramian. A *bucket* holds the parameters of one device and dtype: its row is one flat
-tensor of P elements, in which each parameter has its place, laid out with the parameter's own strides.
+A *block* is what shares one Gramian.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,25 +20,8 @@ Scope = Literal["all", "shared"] | Iterable[Tensor]
 Granularity = Literal["global", "param_group", "tensor"] | Sequence[Sequence[Tensor]]
 
 
-@dataclass(frozen=True, eq=False)
-class Bucket:
-    """The parameters of one device and dtype.
-
-    Attributes:
-        members: Indices of the parameters in the layout, in the order of their places.
-        offsets: Where each member begins, in elements.
-        numel: P, the length of a row.
-    """
-
-    members: tuple[int, ...]
-    offsets: tuple[int, ...]
-    numel: int
-    dtype: torch.dtype
-    device: torch.device
-
-
 class Layout:
-    """The parameters that take part, their blocks and their places.
+    """The parameters that take part, their blocks, and how their gradients lie in memory.
 
     Args:
         parameters: The parameters.
@@ -53,45 +34,18 @@ class Layout:
         self.blocks = tuple(blocks)
         self.num_blocks = num_blocks
         # A parameter's own strides where it is dense: what loss.backward() makes, and what fused steps want.
-        self._strides = [torch.empty_like(p, device="meta").stride() for p in self.parameters]
-        self.buckets = tuple(self._bucket(members) for members in self._by_kind())
+        self.strides = tuple(torch.empty_like(p, device="meta").stride() for p in self.parameters)
+        self.sizes = tuple(p.numel() for p in self.parameters)
 
-    def views(self, bucket: Bucket, row: Tensor) -> list[Tensor]:
-        """Return each member's part of a row (P,), in the shape and strides of the parameter."""
-        return [
-            torch.as_strided(row, self.parameters[i].shape, self._strides[i], offset)
-            for i, offset in zip(bucket.members, bucket.offsets, strict=True)
-        ]
+    def laid_out(self, i: int, gradient: Tensor) -> Tensor:
+        """Return a dense gradient of parameter i with the layout's strides: itself, or a copy."""
+        if gradient.stride() == self.strides[i] or gradient.numel() <= 1:
+            return gradient
+        return torch.empty_like(self.parameters[i], requires_grad=False).copy_(gradient)
 
-    def runs(self, bucket: Bucket, blocks: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Return (start, end, block) for each longest stretch of a row that belongs to one block.
-
-        Args:
-            bucket: One of the layout's buckets.
-            blocks: A block's number for each parameter of the layout.
-        """
-        runs: list[tuple[int, int, int]] = []
-        for i, start in zip(bucket.members, bucket.offsets, strict=True):
-            end = start + self.parameters[i].numel()
-            if runs and runs[-1][2] == blocks[i]:
-                runs[-1] = (runs[-1][0], end, blocks[i])
-            else:
-                runs.append((start, end, blocks[i]))
-        return runs
-
-    def _by_kind(self) -> Iterable[list[int]]:
-        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i in sorted(range(len(self.parameters)), key=lambda i: self.blocks[i]):
-            kinds.setdefault((self.parameters[i].device, self.parameters[i].dtype), []).append(i)
-        return kinds.values()
-
-    def _bucket(self, members: list[int]) -> Bucket:
-        offsets, end = [], 0
-        for i in members:
-            offsets.append(end)
-            end += self.parameters[i].numel()
-        kind = self.parameters[members[0]]
-        return Bucket(tuple(members), tuple(offsets), end, kind.dtype, kind.device)
+    def flat(self, i: int, gradient: Tensor) -> Tensor:
+        """Return a laid-out gradient of parameter i as it lies in memory, (numel,)."""
+        return gradient.as_strided((self.sizes[i],), (1,))
 
 
 def check_scope(scope: object, param_groups: Sequence[Mapping[str, Any]]) -> str | tuple[Tensor, ...]:
@@ -151,6 +105,14 @@ def make_layout(
         ],
         num_blocks,
     )
+
+
+def quick_key(param_groups: Sequence[Mapping[str, Any]]) -> list[list[tuple[object, ...]]]:
+    """Return what changes whenever ``layout_key`` does, and is cheap enough for every step."""
+    return [
+        [(id(p), p.data_ptr(), p.shape, p.stride()) for p in group["params"] if p.requires_grad]
+        for group in param_groups
+    ]
 
 
 def layout_key(param_groups: Sequence[Mapping[str, Any]]) -> tuple[object, ...]:

@@ -1,106 +1,134 @@
 """The stacked collector: every group's gradient is kept as a row, so that any weights can combine them.
 
-Shapes: K groups, P elements of a bucket's row, B blocks.
+Shapes: K groups, T parameters, B blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradalign.collectors.base import Collector, Loss, Owner, Row, is_exclusive, large
+from gradalign.collectors.combine import CombinePlan
 from gradalign.collectors.parameters import OUTSIDE, Layout
-from gradalign.gramian import accumulation_dtype, gramian
+from gradalign.gramian import GramianPlan, accumulation_dtype, largest_whole, make_scratch
+
+# Gradients of more elements are taken as they lie in memory, so that they can be cut; the others keep their shape.
+_MOST_WHOLE = 2**13
 
 
-class StackedCollector:
+class StackedCollector(Collector):
     """Keep K gradients as rows, give their Gramians, and write a weighted sum of them into ``p.grad``.
 
-    The rows of groups 1 to K-1 are buffers of this collector, made once. The first group's row is made anew for
-    each alignment, for the aligned gradient is formed in it and it becomes the memory of ``p.grad``: so a step holds
-    K-1 gradients more than ``loss.backward()``, and one group's more while it is computed and copied. A gradient that
-    the user kept from an earlier step never changes.
+    A parameter's first gradient is kept as autograd made it; the aligned gradient is formed in it, and it becomes
+    ``p.grad``: so a gradient that the user kept from an earlier step never changes. The other groups' gradients are
+
+    - on a CPU copied, as soon as backward has made each, into memory that is made once and used at every step, and
+      dropped, so that backward makes the next one in memory that is still in the caches; all but small ones, which
+      are cheaper to leave alone;
+    - on an accelerator kept as autograd made them, for its allocator gives the same memory at every step.
+
+    Either way a step holds what ``loss.backward()`` holds and K - 1 gradients more, of which those of parameters that
+    a group does not reach cost nothing: neither memory nor time.
 
     Args:
-        layout: The parameters, their blocks and places.
+        layout: The parameters and their blocks.
         num_groups: K.
         shared_only: Parameters that a single group reaches count as outside the scope.
     """
 
-    def __init__(self, layout: Layout, num_groups: int, *, shared_only: bool) -> None:
-        self.layout = layout
-        self.num_groups = num_groups
-        self.pending = 0
-        """Micro-batches whose gradients wait in the rows."""
-        self._shared_only = shared_only
-        self.spoiled = False
-        """An error lost the gradients of earlier micro-batches; ``discard`` forgets it."""
-        self._reach = [[False] * len(layout.parameters) for _ in range(num_groups)]
-        self._leads: list[Tensor] = []
-        self._lead_views: list[list[Tensor]] = []
-        self._kept = [
-            [torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device) for _ in range(num_groups - 1)]
-            for bucket in layout.buckets
-        ]
-        self._kept_views = [
-            [layout.views(bucket, row) for row in rows] for bucket, rows in zip(layout.buckets, self._kept, strict=True)
-        ]
+    name: ClassVar[str] = "stacked"
 
-    def collect(self, losses: Sequence[tuple[str, tuple[Tensor, ...]]]) -> None:
-        """Add each group's gradient to its row.
+    def __init__(self, layout: Layout, num_groups: int, *, shared_only: bool = False) -> None:
+        super().__init__(layout, num_groups, shared_only=shared_only)
+        numbers = range(len(layout.parameters))
+        self._hooked = [i for i in large(layout.sizes) if layout.parameters[i].device.type == "cpu"]
+        whole = min(_MOST_WHOLE, *(largest_whole(num_groups, p.device) for p in layout.parameters))
+        self._flat = [i for i in numbers if layout.sizes[i] > whole]
+        self._buffers: list[dict[int, Tensor]] = [{} for _ in range(num_groups)]
+        self._scratch: dict[torch.device, Tensor] = {}
+        self._plan_key: object = None
+        self._plans: list[_Plan] = []
+        self._rows: list[Row] = []
+        self._leads: list[Any] = []  # for each parameter the first group that reaches it, None as long as none does
+        self._owner = Owner(layout)
 
-        Args:
-            losses: K pairs of a group's name and its scalar losses.
-
-        Raises:
-            ValueError: A group reaches no parameter, or its gradient is sparse.
-            RuntimeError: The gradients of earlier micro-batches were spoiled by an error.
-        """
-        if self.spoiled:
-            raise RuntimeError(
-                "The gradients of earlier micro-batches were lost to an error inside accumulate();"
-                " call zero_grad() and start the accumulation again."
-            )
+    def _collect(self, losses: Sequence[Loss]) -> None:
+        nothing: Row = [None] * len(self.layout.parameters)
         if not self.pending:
-            self._begin()
-        try:
-            for k, (name, terms) in enumerate(losses):
-                self._store(k, self._differentiate(name, terms, retain_graph=k + 1 < len(losses)))
-        except BaseException:
-            waiting = self.pending
-            self.discard()
-            self.spoiled = waiting > 0
-            raise
-        self.pending += 1
+            self._rows = [list(nothing) for _ in losses]
+            self._leads = [None] * len(nothing)
+        for k, loss in enumerate(losses):
+            taken: list[int] = []
+            gradients = self._differentiate(
+                loss, retain_graph=k + 1 < len(losses), take=self._taker(k, taken), hooked=self._hooked
+            )
+            self._store(k, gradients, set(taken))
+
+    def _taker(self, k: int, taken: list[int]) -> Callable[[int, Tensor], bool]:
+        """Return what moves a gradient of group k, fresh from backward, into its row."""
+        row = self._rows[k]
+
+        def take(i: int, gradient: Tensor) -> bool:
+            if row[i] is not None:
+                row[i].add_(gradient)
+            else:
+                row[i] = self._memory(k, i).copy_(gradient)
+                if self._leads[i] is None:
+                    self._leads[i] = k
+            taken.append(i)
+            return True
+
+        return take
+
+    def _memory(self, k: int, i: int) -> Tensor:
+        """Return memory for group k's gradient of parameter i, that of the last step unless it is a ``p.grad`` now."""
+        kept = self._buffers[k].get(i)
+        if kept is None or not is_exclusive(kept):
+            kept = self._buffers[k][i] = torch.empty_like(self.layout.parameters[i], requires_grad=False)
+        return kept
+
+    @torch.no_grad()
+    def _store(self, k: int, gradients: Row, taken: set[int]) -> None:
+        """Put the gradients of group k into its row, or add them to those of earlier micro-batches."""
+        row = self._rows[k]
+        for i in self._flat:
+            gradient = gradients[i]
+            if gradient is not None and i not in taken:
+                gradients[i] = self.layout.laid_out(i, gradient)
+        new = [i for i, gradient in enumerate(gradients) if gradient is not None and row[i] is None]
+        old = [
+            i for i, gradient in enumerate(gradients) if gradient is not None and row[i] is not None and i not in taken
+        ]
+        first = [i for i in new if self._leads[i] is None]
+        for i in first:
+            self._leads[i] = k
+        self._owner.own(gradients, first)
+        for i in new:
+            row[i] = gradients[i]
+        if old:
+            self._owner.own(row, [i for i in old if self._leads[i] != k])
+            torch._foreach_add_([row[i] for i in old], [gradients[i] for i in old])
+
+    def row(self, k: int) -> Row:
+        """Return the gradient of group k, (T,), None where it does not reach a parameter."""
+        return self._rows[k]
+
+    def _counts(self) -> list[int]:
+        return [sum(gradient is not None for gradient in column) for column in zip(*self._rows, strict=True)]
 
     @torch.no_grad()
     def gramians(self) -> tuple[Tensor, Tensor]:
         """Return the Gramians of the blocks, (B, K, K), and that of the parameters outside the scope, (K, K)."""
-        device = self.layout.buckets[0].device
+        device = self.layout.parameters[0].device
         shape = (self.layout.num_blocks + 1, self.num_groups, self.num_groups)
         G = torch.zeros(shape, dtype=accumulation_dtype(device), device=device)
-        blocks = self._blocks()
-        for bucket, rows in zip(self.layout.buckets, self._rows(), strict=True):
-            for start, end, block in self.layout.runs(bucket, blocks):
-                G[block] += gramian([row[start:end] for row in rows]).to(device)
+        for plan in self._planned():
+            plan.add_gramian(G[plan.block], self._rows)
         return G[:-1], G[OUTSIDE]
-
-    def check_targets(self) -> None:
-        """Raise ValueError where ``p.grad`` holds something that a gradient cannot be added to in place."""
-        for parameter, reached in zip(self.layout.parameters, self._reached(), strict=True):
-            gradient = parameter.grad
-            if gradient is None or not reached:
-                continue
-            dense = gradient.layout == torch.strided
-            if not dense or any(
-                step == 0 and size > 1 for step, size in zip(gradient.stride(), gradient.shape, strict=True)
-            ):
-                kind = "an expanded tensor" if dense else gradient.layout
-                raise ValueError(
-                    f"`p.grad` must be None or a dense tensor with memory of its own, got {kind} for a parameter of"
-                    f" shape {tuple(parameter.shape)}; call zero_grad() before backward, or clone() it."
-                )
 
     @torch.no_grad()
     def write(self, weights: Tensor, support: Sequence[int], plain: Sequence[float]) -> None:
@@ -111,14 +139,13 @@ class StackedCollector:
             support: The groups whose weight can differ from zero; the other rows are not read.
             plain: K numbers, the weights outside the scope.
         """
-        blocks = self._blocks()
         outside = torch.stack([weights.new_full((), weight) for weight in plain])
         table = torch.cat([weights, outside.unsqueeze(0)])  # the last row is OUTSIDE's
-        for bucket, rows in zip(self.layout.buckets, self._rows(), strict=True):
-            for start, end, block in self.layout.runs(bucket, blocks):
-                groups = range(self.num_groups) if block == OUTSIDE else support
-                _combine([row[start:end] for row in rows], table[block], groups)
-        self._deposit()
+        for plan in self._planned():
+            plan.combine(
+                self._rows, list(table[plan.block]), range(self.num_groups) if plan.block == OUTSIDE else support
+            )
+        self._deposit([None if k is None else self._rows[k][i] for i, k in enumerate(self._leads)])
         self.discard()
 
     @torch.no_grad()
@@ -129,141 +156,114 @@ class StackedCollector:
             align: Maps a block's number and its K rows (P,) to the aligned gradient (P,). It must not change them.
             plain: K numbers, the weights outside the scope.
         """
-        blocks = self._blocks()
-        parts: dict[int, list[list[Tensor]]] = {}  # for each block its runs, each with K pieces of rows
-        for bucket, rows in zip(self.layout.buckets, self._rows(), strict=True):
-            for start, end, block in self.layout.runs(bucket, blocks):
-                parts.setdefault(block, []).append([row[start:end] for row in rows])
-        for block, runs in parts.items():
-            if block == OUTSIDE:
-                for rows in runs:
-                    _combine(rows, torch.stack([rows[0].new_full((), weight) for weight in plain]), range(len(rows)))
-                continue
-            aligned = align(block, [_joined(pieces) for pieces in zip(*runs, strict=True)])
-            start = 0
-            for lead, *_ in runs:
-                lead.copy_(aligned[start : start + lead.numel()])
-                start += lead.numel()
-        self._deposit()
+        for plan in self._planned():
+            if plan.block == OUTSIDE:
+                weights = [plan.scratch.new_full((), weight) for weight in plain]
+                plan.combine(self._rows, weights, range(self.num_groups))
+        blocks: dict[int, list[int]] = {}  # with parameters that nothing reaches, so that a row's length stays
+        for i, block in enumerate(self._blocks()):
+            blocks.setdefault(block, []).append(i)
+        blocks.pop(OUTSIDE, None)
+        for block, members in blocks.items():
+            aligned = align(block, [self._joined(row, members) for row in self._rows])
+            parts = aligned.split([self.layout.sizes[i] for i in members])
+            for i, part in zip(members, parts, strict=True):
+                if self._leads[i] is not None:
+                    lead = self._rows[self._leads[i]][i]
+                    lead.copy_(part.view(lead.shape))
+        self._deposit([None if k is None else self._rows[k][i] for i, k in enumerate(self._leads)])
         self.discard()
 
-    def check_nothing_waits(self) -> None:
-        """Raise RuntimeError where micro-batches wait, or have been lost: it is too early for a step."""
-        if self.spoiled:
-            raise RuntimeError(
-                "step() must follow a backward, but an error inside accumulate() lost the gradients of the"
-                " micro-batches; call zero_grad() and start the accumulation again."
-            )
-        if self.pending:
-            raise RuntimeError(
-                f"step() must follow a backward outside accumulate(), got {self.pending} micro-batches waiting;"
-                " call backward of the last micro-batch outside accumulate(), or zero_grad() to drop them."
-            )
+    def _joined(self, row: Row, members: Sequence[int]) -> Tensor:
+        """Return one flat row (P,) of these parameters' gradients, in the widest of their dtypes."""
+        parameters = [self.layout.parameters[i] for i in members]
+        dtype = parameters[0].dtype
+        for parameter in parameters:
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        joined = torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=parameters[0].device)
+        for i, place in zip(members, joined.split([p.numel() for p in parameters]), strict=True):
+            gradient = row[i]
+            if gradient is not None:
+                place.view(gradient.shape).copy_(gradient)
+        return joined
 
     def discard(self) -> None:
         """Drop the gradients in the rows."""
-        self.pending = 0
-        self.spoiled = False
-        self._leads, self._lead_views = [], []
+        super().discard()
+        self._rows, self._leads = [], []
+        self._owner = Owner(self.layout)
 
-    def _begin(self) -> None:
-        self._leads = [torch.empty(b.numel, dtype=b.dtype, device=b.device) for b in self.layout.buckets]
-        self._lead_views = [self.layout.views(b, row) for b, row in zip(self.layout.buckets, self._leads, strict=True)]
+    def _planned(self) -> list[_Plan]:
+        """Return the plans for what the groups reach now, those of the last step where that is the same."""
+        reach = [[gradient is None for gradient in row] for row in self._rows]
+        if (reach, self._leads) != self._plan_key:
+            self._plan_key = (reach, self._leads)
+            kinds: dict[_Kind, list[int]] = {}
+            for i, (lead, block) in enumerate(zip(self._leads, self._blocks(), strict=True)):
+                if lead is not None:
+                    groups = tuple(k for k, absent in enumerate(reach) if not absent[i])
+                    kind = _Kind(block, groups, lead, self.layout.parameters[i].dtype, self.layout.parameters[i].device)
+                    kinds.setdefault(kind, []).append(i)
+            flat = set(self._flat)
+            self._plans = [
+                _Plan(kind, members, self.layout, flat, self._scratch_on(kind.device), self.num_groups)
+                for kind, members in kinds.items()
+            ]
+        return self._plans
 
-    def _differentiate(self, name: str, terms: tuple[Tensor, ...], retain_graph: bool) -> tuple[Tensor | None, ...]:
-        # autograd.grad, not backward: it leaves p.grad alone, and never starts the reducer of DDP.
-        gradients = torch.autograd.grad(terms, self.layout.parameters, retain_graph=retain_graph, allow_unused=True)
-        for gradient, parameter in zip(gradients, self.layout.parameters, strict=True):
-            if gradient is not None and gradient.layout != torch.strided:
-                raise ValueError(
-                    f"`losses[{name!r}]` must have dense gradients, got a {gradient.layout} one for a parameter of"
-                    f" shape {tuple(parameter.shape)}; make its embedding with sparse=False."
-                )
-        if all(gradient is None for gradient in gradients):
-            raise ValueError(
-                f"`losses[{name!r}]` must reach a parameter of the optimizer that requires a gradient, got a loss"
-                " that reaches none; check that it is computed from this model, or leave the group out."
-            )
-        return gradients
+    def _scratch_on(self, device: torch.device) -> Tensor:
+        if device not in self._scratch:
+            self._scratch[device] = make_scratch(device)
+        return self._scratch[device]
 
-    @torch.no_grad()
-    def _store(self, k: int, gradients: tuple[Tensor | None, ...]) -> None:
-        """Put the gradients of group k into its row, or add them to the micro-batches that wait there."""
-        stale = self._reach[k]  # parts of the row that are not known to be zero
-        reach = [gradient is not None for gradient in gradients]
-        self._reach[k] = [old or new for old, new in zip(stale, reach, strict=True)]
-        put = torch._foreach_add_ if self.pending else torch._foreach_copy_
-        for b, bucket in enumerate(self.layout.buckets):
-            into: list[Tensor] = []
-            new: list[Tensor] = []
-            zero: list[Tensor] = []
-            views = self._lead_views[b] if k == 0 else self._kept_views[b][k - 1]
-            for i, view in zip(bucket.members, views, strict=True):
-                gradient = gradients[i]
-                if gradient is not None:
-                    into.append(view)
-                    new.append(gradient)
-                elif not self.pending and (k == 0 or stale[i]):
-                    zero.append(view)
-            if into:
-                put(into, new)
-            if zero:
-                torch._foreach_zero_(zero)
-        if not self.pending:
-            self._reach[k] = reach
 
-    def _reached(self) -> list[bool]:
-        """Return for each parameter whether a group reaches it."""
-        return [any(groups) for groups in zip(*self._reach, strict=True)]
+class _Kind(NamedTuple):
+    """What parameters share whose rows are multiplied and summed together."""
 
-    def _rows(self) -> list[list[Tensor]]:
-        return [[lead, *kept] for lead, kept in zip(self._leads, self._kept, strict=True)]
+    block: int
+    groups: tuple[int, ...]
+    lead: int
+    dtype: torch.dtype
+    device: torch.device
 
-    def _blocks(self) -> Sequence[int]:
-        if not self._shared_only:
-            return self.layout.blocks
-        counts = [sum(groups) for groups in zip(*self._reach, strict=True)]
-        return [block if count > 1 else OUTSIDE for block, count in zip(self.layout.blocks, counts, strict=True)]
 
-    def _deposit(self) -> None:
-        """Add the first rows to ``p.grad``; where there is none, their parts become it."""
-        reached = self._reached()
-        parts = [
-            (self.layout.parameters[i], view)
-            for bucket, views in zip(self.layout.buckets, self._lead_views, strict=True)
-            for i, view in zip(bucket.members, views, strict=True)
-            if reached[i]
+class _Plan:
+    """How the rows of some parameters are multiplied and summed, for one pattern of what the groups reach."""
+
+    def __init__(
+        self, kind: _Kind, members: list[int], layout: Layout, flat: set[int], scratch: Tensor, num_groups: int
+    ) -> None:
+        self.block = kind.block
+        self.members = members
+        self.scratch = scratch
+        self._kind = kind
+        self._layout = layout
+        self._flat = [i in flat for i in members]
+        shapes = [
+            (layout.sizes[i],) if is_flat else layout.parameters[i].shape
+            for i, is_flat in zip(members, self._flat, strict=True)
         ]
-        if present := [(p.grad, view) for p, view in parts if p.grad is not None]:
-            torch._foreach_add_([gradient for gradient, _ in present], [view for _, view in present])
-        for parameter, view in parts:
-            if parameter.grad is None:
-                parameter.grad = view.detach()
-        for parameter, _ in parts:
-            # What register_post_accumulate_grad_hook holds: autograd.grad does not run them, loss.backward() would.
-            for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
-                hook(parameter)
+        self._gramian = GramianPlan(shapes, len(kind.groups), scratch)
+        self._combine = CombinePlan(shapes, kind.device)
+        places = [num_groups * i + j for i in kind.groups for j in kind.groups]
+        self._places = None if len(kind.groups) == num_groups else torch.tensor(places, device=kind.device)
 
+    def add_gramian(self, G: Tensor, rows: Sequence[Row]) -> None:
+        """Add the Gramian of these parameters to G (K, K)."""
+        part = self._gramian([self._parts(rows[k]) for k in self._kind.groups])
+        if self._places is None:
+            G += part.to(G.device)
+        else:
+            G.view(-1).index_add_(0, self._places.to(G.device), part.view(-1).to(G.device))
 
-def _combine(rows: Sequence[Tensor], weights: Tensor, support: Sequence[int]) -> None:
-    """Form the weighted sum of the rows of ``support`` in place of the first row; half precision sums in float32."""
-    lead = rows[0]
-    dtype = torch.promote_types(lead.dtype, torch.float32)
-    total = lead if dtype == lead.dtype else torch.empty_like(lead, dtype=dtype)
-    w = weights.to(lead.device, dtype).unbind()  # 0-dimensional: read on their device, never on the host
-    first, *others = sorted(support)  # the first row is overwritten: it has to be read first
-    torch.mul(rows[first].to(dtype), w[first], out=total)
-    for k in others:
-        total.addcmul_(rows[k].to(dtype), w[k])
-    if total is not lead:
-        lead.copy_(total)
+    def combine(self, rows: Sequence[Row], weights: Sequence[Tensor], support: Sequence[int]) -> None:
+        """Form the weighted sum of the rows of ``support`` in place of the lead's."""
+        present = [k for k in self._kind.groups if k in support]
+        parts = {k: self._parts(rows[k]) for k in {*present, self._kind.lead}}
+        self._combine(parts[self._kind.lead], [parts[k] for k in present], [weights[k] for k in present])
 
-
-def _joined(pieces: Sequence[Tensor]) -> Tensor:
-    """Return the pieces of one row as one tensor, in the widest of their dtypes, on the first one's device."""
-    if len(pieces) == 1:
-        return pieces[0]
-    dtype = pieces[0].dtype
-    for piece in pieces:
-        dtype = torch.promote_types(dtype, piece.dtype)
-    return torch.cat([piece.to(pieces[0].device, dtype) for piece in pieces])
+    def _parts(self, row: Row) -> list[Tensor]:
+        return [
+            self._layout.flat(i, row[i]) if is_flat else row[i]
+            for i, is_flat in zip(self.members, self._flat, strict=True)
+        ]

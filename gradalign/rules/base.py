@@ -83,7 +83,8 @@ class Rule(BaseRule):
     A subclass is a frozen dataclass that writes one method, ``_weights``, and ``plain_weights`` where 1/K is not right.
 
     Attributes:
-        rescales_anchor: The weights are zero except the anchor's, so that no other gradient is ever summed.
+        rescales_anchor: The weights are zero except the anchor's, the only group of ``support``, and they depend on
+            the anchor's row of G alone: no other gradient is ever summed, and G may hold zeros elsewhere.
         non_conflicting_groups: Gw >= 0 holds up to this K (0: never promised; ``math.inf``: always).
     """
 

@@ -1,0 +1,269 @@
+"""What all collectors share: differentiate one group, keep or take its gradients, deposit the result in ``p.grad``.
+
+Shapes: K groups, T parameters, B blocks.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradalign.collectors.parameters import OUTSIDE, Layout
+
+# Gradients that hooks leave alone, all together, in elements: their kernels are so short that a hook would cost more
+# than a pass over them later, and together they are 4 MiB in float32.
+_MOST_UNHOOKED = 2**20
+
+Loss = tuple[str, tuple[Tensor, ...], "tuple[Tensor, ...] | None"]
+"""A group's name, its scalar losses, and what multiplies each of their gradients (None: 1)."""
+
+Row = list[Any]
+"""A group's gradients, (T,): a tensor, or None for a parameter that it does not reach."""
+
+
+class Collector(ABC):
+    """Turn K groups of losses into Gramians, and weights into ``p.grad``.
+
+    The order of calls: ``collect`` for each micro-batch, ``gramians``, then ``write`` or ``discard``.
+
+    Args:
+        layout: The parameters and their blocks.
+        num_groups: K.
+        shared_only: Parameters that a single group reaches count as outside the scope.
+
+    Attributes:
+        name: What the user calls it.
+        derivative: How auxiliaries were seen that were not differentiated; None where all were.
+        pending: Micro-batches whose gradients wait.
+        spoiled: An error lost the gradients of earlier micro-batches; ``discard`` forgets it.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, layout: Layout, num_groups: int, *, shared_only: bool = False) -> None:
+        self.layout = layout
+        self.num_groups = num_groups
+        self.derivative: str | None = None
+        self.pending = 0
+        self.spoiled = False
+        self._shared_only = shared_only
+
+    def collect(self, losses: Sequence[Loss]) -> None:
+        """Differentiate each group's losses, and add the gradients to those of earlier micro-batches.
+
+        Args:
+            losses: K groups.
+
+        Raises:
+            ValueError: A group reaches no parameter, or its gradient is sparse.
+            RuntimeError: The gradients of earlier micro-batches were spoiled by an error.
+        """
+        if self.spoiled:
+            raise RuntimeError(
+                "The gradients of earlier micro-batches were lost to an error inside accumulate();"
+                " call zero_grad() and start the accumulation again."
+            )
+        try:
+            self._collect(losses)
+        except BaseException:
+            waiting = self.pending
+            self.discard()
+            self.spoiled = waiting > 0
+            raise
+        self.pending += 1
+
+    @abstractmethod
+    def _collect(self, losses: Sequence[Loss]) -> None:
+        """Do what ``collect`` promises, without care for errors."""
+
+    @abstractmethod
+    def gramians(self) -> tuple[Tensor, Tensor]:
+        """Return the Gramians of the blocks, (B, K, K), and that of the parameters outside the scope, (K, K).
+
+        An entry that this collector does not see is 0; ``seen`` tells which those are.
+        """
+
+    @abstractmethod
+    def write(self, weights: Tensor, support: Sequence[int], plain: Sequence[float]) -> None:
+        """Add the weighted sum of the gradients to ``p.grad`` of every parameter that a group reaches.
+
+        Args:
+            weights: (B, K), each block's weights.
+            support: The groups whose weight can differ from zero.
+            plain: K numbers, the weights outside the scope.
+        """
+
+    def squares(self, gramians: Tensor, outside: Tensor) -> Tensor:
+        """Return numbers that are finite where a group's gradient is, (B + 1, K): its squared norms."""
+        return torch.cat([gramians, outside.unsqueeze(0)]).diagonal(dim1=-2, dim2=-1)
+
+    def seen(self, gramians: Tensor) -> Tensor:
+        """Return the Gramians with NaN for the entries that this collector does not see."""
+        return gramians
+
+    def discard(self) -> None:
+        """Drop the gradients."""
+        self.pending = 0
+        self.spoiled = False
+
+    def check_targets(self) -> None:
+        """Raise ValueError where ``p.grad`` holds something that a gradient cannot be added to in place."""
+        for parameter, count in zip(self.layout.parameters, self._counts(), strict=True):
+            gradient = parameter.grad
+            if gradient is None or not count:
+                continue
+            dense = gradient.layout == torch.strided
+            if not dense or any(
+                step == 0 and size > 1 for step, size in zip(gradient.stride(), gradient.shape, strict=True)
+            ):
+                kind = "an expanded tensor" if dense else gradient.layout
+                raise ValueError(
+                    f"`p.grad` must be None or a dense tensor with memory of its own, got {kind} for a parameter of"
+                    f" shape {tuple(parameter.shape)}; call zero_grad() before backward, or clone() it."
+                )
+
+    def check_nothing_waits(self) -> None:
+        """Raise RuntimeError where micro-batches wait, or have been lost: it is too early for a step."""
+        if self.spoiled:
+            raise RuntimeError(
+                "step() must follow a backward, but an error inside accumulate() lost the gradients of the"
+                " micro-batches; call zero_grad() and start the accumulation again."
+            )
+        if self.pending:
+            raise RuntimeError(
+                f"step() must follow a backward outside accumulate(), got {self.pending} micro-batches waiting;"
+                " call backward of the last micro-batch outside accumulate(), or zero_grad() to drop them."
+            )
+
+    def _differentiate(
+        self, loss: Loss, *, retain_graph: bool, take: Callable[[int, Tensor], bool], hooked: Iterable[int]
+    ) -> Row:
+        """Return the gradients of one group, (T,).
+
+        Args:
+            loss: The group.
+            retain_graph: Another group follows.
+            take: Called for a parameter of ``hooked`` as soon as backward has made its gradient, while it is in the
+                caches. Where it returns True the gradient is dropped at once, and a tensor without memory, of the
+                same shape, is returned in its stead.
+            hooked: Indices of parameters.
+        """
+        name, terms, factors = loss
+        parameters = self.layout.parameters
+        handles = [parameters[i].register_hook(_taker(take, i, name)) for i in hooked]
+        try:
+            # autograd.grad, not backward: it leaves p.grad alone, and never starts the reducer of DDP.
+            gradients = torch.autograd.grad(terms, parameters, factors, retain_graph=retain_graph, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        reached = False
+        for gradient in gradients:
+            if gradient is not None:
+                reached = True
+                if gradient.layout != torch.strided:
+                    raise _not_dense(name, gradient)
+        if not reached:
+            raise ValueError(
+                f"`losses[{name!r}]` must reach a parameter of the optimizer that requires a gradient, got a loss"
+                " that reaches none; check that it is computed from this model, or leave the group out."
+            )
+        return list(gradients)
+
+    @abstractmethod
+    def _counts(self) -> list[int]:
+        """Return for each parameter how many groups reach it."""
+
+    def _blocks(self) -> Sequence[int]:
+        """Return each parameter's block, OUTSIDE for one that has to be shared and is not."""
+        if not self._shared_only:
+            return self.layout.blocks
+        return [
+            block if count > 1 else OUTSIDE for block, count in zip(self.layout.blocks, self._counts(), strict=True)
+        ]
+
+    def _deposit(self, aligned: Row) -> None:
+        """Add the aligned gradients, (T,), to ``p.grad``; where there is none, they become it."""
+        pairs = zip(self.layout.parameters, aligned, strict=True)
+        targets = [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
+        if present := [(p.grad, gradient) for p, gradient in targets if p.grad is not None]:
+            torch._foreach_add_([old for old, _ in present], [new for _, new in present])
+        for parameter, gradient in targets:
+            if parameter.grad is None:  # no view: such a one could not be detached in place later
+                parameter.grad = gradient.detach()
+        for parameter, _ in targets:
+            # What register_post_accumulate_grad_hook holds: autograd.grad does not run them, loss.backward() would.
+            if hooks := getattr(parameter, "_post_accumulate_grad_hooks", None):
+                for hook in hooks.values():
+                    hook(parameter)
+
+
+def large(sizes: Sequence[int]) -> list[int]:
+    """Return the indices of all parameters but the smallest, which together have few elements."""
+    unhooked = 0
+    ascending = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    for place, i in enumerate(ascending):
+        unhooked += sizes[i]
+        if unhooked > _MOST_UNHOOKED:
+            return sorted(ascending[place:])
+    return []
+
+
+class Owner:
+    """Tells which gradients of one step are nobody else's, and copies the others, so that each can be changed."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._places: set[int] = set()
+
+    def own(self, row: Row, members: Sequence[int]) -> None:
+        """Put into ``row`` gradients in the layout's strides that share memory with none seen before.
+
+        Autograd returns one tensor for two parameters that are only ever added, and a function of the user's may
+        return a tensor that it keeps. As torch's own accumulation into ``p.grad`` does, this goes by who refers to
+        the tensor; a view that a function keeps of its result goes unseen, there and here.
+        """
+        for i in members:
+            gradient = self._layout.laid_out(i, row[i])
+            if gradient is row[i]:
+                del gradient
+                if _references(row, i) > _UNSHARED or row[i].data_ptr() in self._places:
+                    row[i] = row[i].clone()
+            else:
+                row[i] = gradient
+            self._places.add(row[i].data_ptr())
+
+
+def is_exclusive(tensor: Tensor) -> bool:
+    """Return whether no other tensor shares this one's memory; False where torch does not tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return count is not None and count(tensor.untyped_storage()._cdata) <= 2  # the tensor and the storage asked
+
+
+def _references(row: Sequence[object], i: int) -> int:
+    return sys.getrefcount(row[i])
+
+
+_UNSHARED = _references([object()], 0)
+
+
+def _taker(take: Callable[[int, Tensor], bool], i: int, name: str) -> Callable[[Tensor], Tensor | None]:
+    def hook(gradient: Tensor) -> Tensor | None:
+        if gradient.layout != torch.strided:
+            raise _not_dense(name, gradient)
+        with torch.no_grad():
+            return gradient.new_zeros(()).expand(gradient.shape) if take(i, gradient) else None
+
+    return hook
+
+
+def _not_dense(name: str, gradient: Tensor) -> ValueError:
+    return ValueError(
+        f"`losses[{name!r}]` must have dense gradients, got a {gradient.layout} one for a parameter of"
+        f" shape {tuple(gradient.shape)}; make its embedding with sparse=False."
+    )

@@ -1,0 +1,136 @@
+"""The probed collector: the anchor alone is differentiated; the others are seen through how they change along it.
+
+Shapes: K groups, T parameters; the anchor is group 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradalign.collectors.base import Collector, Loss
+from gradalign.collectors.directional import DirectionalDerivatives
+from gradalign.collectors.losses import Losses, Terms, check_losses
+from gradalign.collectors.parameters import Layout
+from gradalign.collectors.stacked import StackedCollector
+
+Probe = Callable[[], Losses]
+"""Evaluates the auxiliaries' losses: a group's name to a scalar loss, or to a sequence of them."""
+
+
+class ProbedCollector(Collector):
+    """See every auxiliary through G_ka alone, the derivative of its loss along the anchor's gradient.
+
+    Nothing but the anchor needs a graph and a backward. G_ka is as exact as the probe's losses stand for the batch:
+    a probe of a part of it sees that part.
+
+    Args:
+        layout: The parameters, all in one block.
+    """
+
+    name: ClassVar[str] = "probed"
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout, 1)
+        self._anchor = StackedCollector(layout, 1)
+        self._derivatives = DirectionalDerivatives()
+        self._probes: list[Probe] = []
+        self._row: dict[str, Tensor] = {}
+
+    def add_probe(self, groups: Mapping[str, Terms], probe: Probe | None) -> None:
+        """Take the probe of the next micro-batch.
+
+        Raises:
+            ValueError: There is none, or other losses than the anchor's are to be differentiated.
+        """
+        if probe is None:
+            raise ValueError(
+                "`probe` must be given for every micro-batch or for none, got None after micro-batches with one; pass"
+                " it, or call zero_grad() and start the accumulation again."
+            )
+        if len(groups) != 1:
+            raise ValueError(
+                f"`losses` must hold the anchor's loss alone beside a `probe`, got the groups {list(groups)}; let the"
+                " probe return the others."
+            )
+        self._probes.append(probe)
+
+    def _collect(self, losses: Sequence[Loss]) -> None:
+        self._anchor.collect(losses)
+
+    def _counts(self) -> list[int]:
+        return self._anchor._counts()
+
+    @torch.no_grad()
+    def evaluate(self, anchor: str) -> tuple[str, ...]:
+        """Evaluate the probes, along the anchor's gradient over all micro-batches; return the auxiliaries' names.
+
+        Args:
+            anchor: The anchor's name.
+
+        Raises:
+            TypeError: A probe returns no mapping of names to tensors.
+            ValueError: A loss is not scalar, or the probes name different groups.
+        """
+        gradient = self._anchor.row(0)
+        reached = [i for i, part in enumerate(gradient) if part is not None]
+        parameters = [self.layout.parameters[i] for i in reached]
+        self._row = self._derivatives(self._losses, parameters, [gradient[i] for i in reached])
+        if anchor in self._row:
+            raise ValueError(
+                f"`probe()` must not name the anchor, {anchor!r}, which `losses` holds, got {list(self._row)}; let it"
+                " return the auxiliaries alone."
+            )
+        self.derivative = self._derivatives.way
+        self.num_groups = 1 + len(self._row)
+        return tuple(self._row)
+
+    def _losses(self) -> dict[str, Terms]:
+        """Return the losses of all probes, added up over the micro-batches."""
+        first, *others = [check_losses(probe(), source="probe") for probe in self._probes]
+        for other in others:
+            if other.keys() != first.keys():
+                raise ValueError(
+                    f"`probe` must return the same loss groups for every micro-batch, got {list(first)} and"
+                    f" {list(other)}."
+                )
+        return {name: sum((other[name] for other in others), terms) for name, terms in first.items()}
+
+    @torch.no_grad()
+    def gramians(self) -> tuple[Tensor, Tensor]:
+        """Return the Gramian, (1, K, K), zero but for the anchor's row and column, and zeros (K, K)."""
+        squared, _ = self._anchor.gramians()
+        K = self.num_groups
+        G = squared.new_zeros(1, K, K)
+        G[:, 0, 0] = squared[:, 0, 0]
+        for k, product in enumerate(self._row.values(), 1):
+            G[:, 0, k] = product
+            G[:, k, 0] = product
+        return G, torch.zeros_like(G[0])
+
+    def seen(self, gramians: Tensor) -> Tensor:
+        """Return the Gramian with NaN for the products of auxiliaries, with themselves too."""
+        G = gramians.clone()
+        G[..., 1:, 1:] = torch.nan
+        return G
+
+    def squares(self, gramians: Tensor, outside: Tensor) -> Tensor:
+        """Return numbers that are finite where a group's gradient is, as far as is seen, (1, K)."""
+        column = gramians[..., 0]  # along a gradient that is not finite no derivative is
+        return torch.where(
+            column[..., :1].isfinite(), column, torch.cat([column[..., :1], 0 * column[..., 1:].nan_to_num()], -1)
+        )
+
+    def write(self, weights: Tensor, support: Sequence[int], plain: Sequence[float]) -> None:
+        """Add the anchor's gradient times its weight to ``p.grad``."""
+        self._anchor.write(weights[:, :1], (0,), plain[:1])
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop the gradient and the probes."""
+        super().discard()
+        self._anchor.discard()
+        self._probes, self._row = [], {}

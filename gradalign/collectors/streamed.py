@@ -1,0 +1,257 @@
+"""The streamed collector: the anchor's gradient is kept, the others are reduced to products with it and dropped.
+
+Shapes: K groups, T parameters, B blocks; a is the anchor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradalign.collectors.base import Collector, Loss, Owner, Row, large
+from gradalign.collectors.combine import CombinePlan
+from gradalign.collectors.parameters import OUTSIDE, Layout
+from gradalign.gramian import GramianPlan, accumulation_dtype, largest_whole, make_scratch
+
+# Elements of gradients that wait before they are reduced. On a CPU none: they are in the caches now; on an accelerator
+# few launches count.
+_CPU_WAIT = 1
+_ACCELERATOR_WAIT = 2**22
+
+
+class StreamedCollector(Collector):
+    """See every auxiliary through G_ka = <g_k, g_a> and its norm, and write the anchor's gradient, rescaled.
+
+    The anchor is differentiated first. As backward makes an auxiliary's gradient, parameter by parameter, each is
+    multiplied by the anchor's and dropped, so that no more than the anchor's gradient and a few single ones are ever
+    held: what ``loss.backward()`` holds. Parameters outside the scope add up their groups' gradients with the plain
+    weights at once.
+
+    Args:
+        layout: The parameters and their blocks.
+        num_groups: K.
+        anchor: The anchor's index, the only group whose weight is not zero.
+        plain: K numbers, the weights outside the scope.
+        shared_only: Parameters that a single group reaches count as outside the scope.
+    """
+
+    name: ClassVar[str] = "streamed"
+
+    def __init__(
+        self, layout: Layout, num_groups: int, *, anchor: int, plain: Sequence[float], shared_only: bool = False
+    ) -> None:
+        super().__init__(layout, num_groups, shared_only=shared_only)
+        self._anchor = anchor
+        self._plain = tuple(plain)
+        self._hooked = large(layout.sizes)
+        self._device = layout.parameters[0].device
+        self._scratch: dict[torch.device, Tensor] = {}
+        self._plans: dict[tuple[object, ...], GramianPlan] = {}
+        self._unseen = torch.tensor(
+            [[i != j and anchor not in (i, j) for j in range(num_groups)] for i in range(num_groups)],
+            device=self._device,
+        )
+        self._begin()
+
+    def _begin(self) -> None:
+        T, K = len(self.layout.parameters), self.num_groups
+        self._lead: Row = [None] * T  # the anchor's; outside the scope, the weighted sum so far
+        self._alone: dict[int, dict[int, Tensor]] = {}  # gradients of parameters that the anchor does not reach
+        self._reach = [[False] * T for _ in range(K)]
+        self._counted: set[int] = set()  # parameters whose part of G_aa is in the Gramian
+        self._owner = Owner(self.layout)
+        self._G = torch.zeros(
+            self.layout.num_blocks + 1, K, K, dtype=accumulation_dtype(self._device), device=self._device
+        )
+
+    def _collect(self, losses: Sequence[Loss]) -> None:
+        self._begin()
+        order = [self._anchor, *(k for k in range(self.num_groups) if k != self._anchor)]
+        for k in order:
+            waiting = _Waiting(self, k)
+            gradients = self._differentiate(
+                losses[k],
+                retain_graph=k != order[-1],
+                take=waiting.take,
+                hooked=() if k == self._anchor else self._hooked,
+            )
+            self._reach[k] = [gradient is not None for gradient in gradients]
+            if k == self._anchor:
+                self._keep(gradients)
+            else:
+                waiting.take_rest(gradients)
+
+    @torch.no_grad()
+    def _keep(self, gradients: Row) -> None:
+        """Keep the anchor's gradients."""
+        reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        self._owner.own(gradients, reached)
+        self._lead = gradients
+        outside = [i for i in reached if self.layout.blocks[i] == OUTSIDE]
+        if outside:
+            self._count(outside)
+            torch._foreach_mul_([gradients[i] for i in outside], self._plain[self._anchor])
+
+    @torch.no_grad()
+    def reduce(self, k: int, members: Sequence[int], gradients: Sequence[Tensor]) -> None:
+        """Take what is needed of auxiliary k's gradients of some parameters."""
+        kinds: dict[tuple[int, bool, bool, torch.device], list[int]] = {}
+        for n, i in enumerate(members):
+            block, lead, device = self.layout.blocks[i], self._lead[i], self.layout.parameters[i].device
+            if block == OUTSIDE:
+                kinds.setdefault((block, False, False, device), []).append(n)
+                self._add_outside(k, i, gradients[n])
+            elif lead is None and self._shared_only:
+                self._alone.setdefault(i, {})[k] = gradients[n]
+            else:
+                first = lead is not None and i not in self._counted
+                kinds.setdefault((block, lead is not None, first, device), []).append(n)
+        a = self._anchor
+        for (block, beside_lead, first, device), numbers in kinds.items():
+            chosen = [members[n] for n in numbers]
+            rows = [self._parts(chosen, [gradients[n] for n in numbers])]
+            if beside_lead:
+                rows.append(self._parts(chosen, [self._lead[i] for i in chosen]))
+            M = self._gramian(chosen, rows, device).to(self._device)
+            G = self._G[block]
+            G[k, k] += M[0, 0]
+            if beside_lead:
+                G[k, a] += M[0, 1]
+                G[a, k] += M[0, 1]
+            if first:
+                G[a, a] += M[1, 1]
+                self._counted.update(chosen)
+
+    def _add_outside(self, k: int, i: int, gradient: Tensor) -> None:
+        if self._lead[i] is None:
+            self._lead[i] = self.layout.laid_out(i, gradient) * self._plain[k]
+        else:
+            self._lead[i].add_(gradient, alpha=self._plain[k])
+
+    def _count(self, members: Sequence[int], block: int | None = None) -> None:
+        """Add these parameters' part of G_aa, to their own blocks unless one is given."""
+        kinds: dict[tuple[int, torch.device], list[int]] = {}
+        for i in members:
+            of = self.layout.blocks[i] if block is None else block
+            kinds.setdefault((of, self.layout.parameters[i].device), []).append(i)
+        for (of, device), chosen in kinds.items():
+            parts = self._parts(chosen, [self._lead[i] for i in chosen])
+            self._G[of, self._anchor, self._anchor] += self._gramian(chosen, [parts], device)[0, 0].to(self._device)
+        self._counted.update(members)
+
+    def _gramian(self, members: Sequence[int], rows: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+        """Return the Gramian of one row or two of these parameters' gradients."""
+        key = (tuple(members), len(rows))
+        if key not in self._plans:
+            if device not in self._scratch:
+                self._scratch[device] = make_scratch(device)
+            self._plans[key] = GramianPlan([part.shape for part in rows[0]], len(rows), self._scratch[device])
+        return self._plans[key](rows)
+
+    def _parts(self, members: Sequence[int], gradients: Sequence[Tensor]) -> list[Tensor]:
+        whole = largest_whole(2, self._device)
+        return [
+            gradient if self.layout.sizes[i] <= whole else self.layout.flat(i, self.layout.laid_out(i, gradient))
+            for i, gradient in zip(members, gradients, strict=True)
+        ]
+
+    def _counts(self) -> list[int]:
+        return [sum(groups) for groups in zip(*self._reach, strict=True)]
+
+    @torch.no_grad()
+    def gramians(self) -> tuple[Tensor, Tensor]:
+        """Return the Gramians of the blocks, (B, K, K), and that of the parameters outside the scope, (K, K)."""
+        counts = self._counts()
+        rest = [i for i, lead in enumerate(self._lead) if lead is not None and i not in self._counted]
+        rest = [i for i in rest if self.layout.blocks[i] != OUTSIDE]
+        alone = [i for i in rest if self._shared_only and counts[i] == 1]
+        self._count([i for i in rest if i not in alone])
+        self._count(alone, OUTSIDE)
+        for i, groups in self._alone.items():
+            block = OUTSIDE if counts[i] == 1 else self.layout.blocks[i]
+            for k, gradient in groups.items():
+                part = self._gramian([i], [self._parts([i], [gradient])], gradient.device)
+                self._G[block, k, k] += part[0, 0].to(self._device)
+        return self._G[:-1], self._G[OUTSIDE]
+
+    def seen(self, gramians: Tensor) -> Tensor:
+        """Return the Gramians with NaN for the products of two auxiliaries, which nothing has computed."""
+        return gramians.masked_fill(self._unseen, torch.nan)
+
+    @torch.no_grad()
+    def write(self, weights: Tensor, support: Sequence[int], plain: Sequence[float]) -> None:
+        """Add the anchor's gradient times its weight to ``p.grad`` of every parameter that a group reaches.
+
+        Args:
+            weights: (B, K), each block's weights, zero but for the anchor's.
+            support: The anchor's index.
+            plain: K numbers, the weights outside the scope.
+        """
+        a = self._anchor
+        aligned: Row = list(self._lead)
+        kinds: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+        for i, (count, block) in enumerate(zip(self._counts(), self._blocks(), strict=True)):
+            parameter = self.layout.parameters[i]
+            if i in self._alone:
+                aligned[i] = self._of_auxiliaries(i, plain)
+            elif self.layout.blocks[i] == OUTSIDE:
+                continue  # summed already
+            elif aligned[i] is not None:
+                kinds.setdefault((block, parameter.dtype, parameter.device), []).append(i)
+            elif count:
+                aligned[i] = torch.zeros_like(parameter, requires_grad=False)
+        outside = weights.new_full((), plain[a])
+        for (block, _, device), members in kinds.items():
+            parts = self._parts(members, [self._lead[i] for i in members])
+            plan = CombinePlan([part.shape for part in parts], device)
+            plan(parts, [parts], [outside if block == OUTSIDE else weights[block, a]])
+        self._deposit(aligned)
+        self.discard()
+
+    def _of_auxiliaries(self, i: int, plain: Sequence[float]) -> Tensor:
+        """Return the aligned gradient of a parameter that auxiliaries alone reach, where only shared ones count."""
+        (k, gradient), *others = self._alone[i].items()
+        return self.layout.laid_out(i, gradient * (0.0 if others else plain[k]))
+
+    def discard(self) -> None:
+        """Drop the gradients."""
+        super().discard()
+        self._begin()
+
+
+class _Waiting:
+    """Gradients of one auxiliary that wait to be reduced together."""
+
+    def __init__(self, collector: StreamedCollector, k: int) -> None:
+        self._collector = collector
+        self._k = k
+        self._members: list[int] = []
+        self._gradients: list[Tensor] = []
+        self._taken: set[int] = set()
+        self._numel = 0
+
+    def take(self, i: int, gradient: Tensor) -> bool:
+        """Take a gradient, fresh from backward."""
+        self._taken.add(i)
+        self._members.append(i)
+        self._gradients.append(gradient)
+        self._numel += gradient.numel()
+        if self._numel >= (_CPU_WAIT if gradient.device.type == "cpu" else _ACCELERATOR_WAIT):
+            self._reduce()
+        return True
+
+    def take_rest(self, gradients: Row) -> None:
+        """Take the gradients that no hook has taken, and reduce all that wait."""
+        for i, gradient in enumerate(gradients):
+            if gradient is not None and i not in self._taken:
+                self._members.append(i)
+                self._gradients.append(gradient)
+        self._reduce()
+
+    def _reduce(self) -> None:
+        if self._members:
+            self._collector.reduce(self._k, self._members, self._gradients)
+        self._members, self._gradients, self._numel = [], [], 0
