@@ -219,7 +219,7 @@ class Owner:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._places: set[int] = set()
+        self._places: dict[int, tuple[int, int]] = {}  # where a gradient lies: whose it is, by row and parameter
 
     def own(self, row: Row, members: Sequence[int]) -> None:
         """Put into ``row`` gradients in the layout's strides that share memory with none seen before.
@@ -229,14 +229,13 @@ class Owner:
         the tensor; a view that a function keeps of its result goes unseen, there and here.
         """
         for i in members:
-            gradient = self._layout.laid_out(i, row[i])
-            if gradient is row[i]:
-                del gradient
-                if _references(row, i) > _UNSHARED or row[i].data_ptr() in self._places:
+            mine = (id(row), i)
+            if self._layout.is_laid_out(i, row[i]):
+                if _references(row, i) > _UNSHARED or self._places.get(row[i].data_ptr(), mine) != mine:
                     row[i] = row[i].clone()
             else:
-                row[i] = gradient
-            self._places.add(row[i].data_ptr())
+                row[i] = self._layout.laid_out(i, row[i])
+            self._places[row[i].data_ptr()] = mine
 
 
 def is_exclusive(tensor: Tensor) -> bool:

@@ -7,8 +7,10 @@ from its teacher stays as it is at theta, or D_k would be another number than <g
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,6 +91,7 @@ class DirectionalDerivatives:
         self, evaluate: Evaluate, parameters: Sequence[Tensor], direction: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         device = parameters[0].device
+        _load_forward_mode()
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
             duals = [forward_ad.make_dual(p.detach(), g) for p, g in zip(parameters, direction, strict=True)]
             with _evaluating(device), _Substitution(parameters, duals, duals), spared_buffers(scripts=_no_forward_mode):
@@ -211,6 +214,14 @@ class _Substitution(TorchFunctionMode):
         if self.stopped is not None:
             self.stopped.append(result.clone())
         return result
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Let torch load the formulas of forward mode, once, and keep to itself that it uses a deprecated module there."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 @contextmanager

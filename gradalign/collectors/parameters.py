@@ -13,6 +13,9 @@ from torch import Tensor
 
 from gradalign.errors import unknown_name
 
+MOST_WHOLE = 2**13
+"""Gradients of more elements are taken as they lie in memory, so that they can be cut; the others keep their shape."""
+
 OUTSIDE = -1
 """The block of parameters outside the scope: they enter no Gramian."""
 
@@ -37,9 +40,13 @@ class Layout:
         self.strides = tuple(torch.empty_like(p, device="meta").stride() for p in self.parameters)
         self.sizes = tuple(p.numel() for p in self.parameters)
 
+    def is_laid_out(self, i: int, gradient: Tensor) -> bool:
+        """Return whether a dense gradient of parameter i has the layout's strides."""
+        return gradient.stride() == self.strides[i] or self.sizes[i] <= 1
+
     def laid_out(self, i: int, gradient: Tensor) -> Tensor:
         """Return a dense gradient of parameter i with the layout's strides: itself, or a copy."""
-        if gradient.stride() == self.strides[i] or gradient.numel() <= 1:
+        if self.is_laid_out(i, gradient):
             return gradient
         return torch.empty_like(self.parameters[i], requires_grad=False).copy_(gradient)
 

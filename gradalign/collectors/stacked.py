@@ -13,11 +13,8 @@ from torch import Tensor
 
 from gradalign.collectors.base import Collector, Loss, Owner, Row, is_exclusive, large
 from gradalign.collectors.combine import CombinePlan
-from gradalign.collectors.parameters import OUTSIDE, Layout
+from gradalign.collectors.parameters import MOST_WHOLE, OUTSIDE, Layout
 from gradalign.gramian import GramianPlan, accumulation_dtype, largest_whole, make_scratch
-
-# Gradients of more elements are taken as they lie in memory, so that they can be cut; the others keep their shape.
-_MOST_WHOLE = 2**13
 
 
 class StackedCollector(Collector):
@@ -46,7 +43,7 @@ class StackedCollector(Collector):
         super().__init__(layout, num_groups, shared_only=shared_only)
         numbers = range(len(layout.parameters))
         self._hooked = [i for i in large(layout.sizes) if layout.parameters[i].device.type == "cpu"]
-        whole = min(_MOST_WHOLE, *(largest_whole(num_groups, p.device) for p in layout.parameters))
+        whole = min(MOST_WHOLE, *(largest_whole(num_groups, p.device) for p in layout.parameters))
         self._flat = [i for i in numbers if layout.sizes[i] > whole]
         self._buffers: list[dict[int, Tensor]] = [{} for _ in range(num_groups)]
         self._scratch: dict[torch.device, Tensor] = {}
@@ -106,9 +103,9 @@ class StackedCollector(Collector):
         first = [i for i in new if self._leads[i] is None]
         for i in first:
             self._leads[i] = k
-        self._owner.own(gradients, first)
         for i in new:
-            row[i] = gradients[i]
+            row[i], gradients[i] = gradients[i], None
+        self._owner.own(row, first)
         if old:
             self._owner.own(row, [i for i in old if self._leads[i] != k])
             torch._foreach_add_([row[i] for i in old], [gradients[i] for i in old])

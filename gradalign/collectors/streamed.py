@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gradalign.collectors.base import Collector, Loss, Owner, Row, large
 from gradalign.collectors.combine import CombinePlan
-from gradalign.collectors.parameters import OUTSIDE, Layout
-from gradalign.gramian import GramianPlan, accumulation_dtype, largest_whole, make_scratch
+from gradalign.collectors.parameters import MOST_WHOLE, OUTSIDE, Layout
+from gradalign.gramian import GramianPlan, accumulation_dtype, make_scratch
 
 # Elements of gradients that wait before they are reduced. On a CPU none: they are in the caches now; on an accelerator
 # few launches count.
@@ -152,9 +152,8 @@ class StreamedCollector(Collector):
         return self._plans[key](rows)
 
     def _parts(self, members: Sequence[int], gradients: Sequence[Tensor]) -> list[Tensor]:
-        whole = largest_whole(2, self._device)
         return [
-            gradient if self.layout.sizes[i] <= whole else self.layout.flat(i, self.layout.laid_out(i, gradient))
+            gradient if self.layout.sizes[i] <= MOST_WHOLE else self.layout.flat(i, self.layout.laid_out(i, gradient))
             for i, gradient in zip(members, gradients, strict=True)
         ]
 

@@ -16,12 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from gradalign.collectors.directional import DirectionalDerivatives
 from gradalign.collectors.losses import check_losses
 
-# torch scripts what its own forward mode needs, once.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.* is not supported:DeprecationWarning"),
-]
-
 FORWARD, DIFFERENCES = "forward-mode", "central-differences"
 
 
@@ -126,7 +120,7 @@ def without_teacher(model, x):
     return sum(wide(exit_logits).square().mean() for exit_logits in model(x))
 
 
-AUXILIARIES = [
+AUILIARIES = [
     by_detach,
     by_data,
     mutual,
@@ -193,7 +187,7 @@ def trained(model, x, steps):
 @pytest.mark.parametrize("steps", [0, 20])
 @pytest.mark.parametrize("arithmetic", ["float64", "float32", "bfloat16", "autocast", "autocast outside"])
 @pytest.mark.parametrize("way", [FORWARD, DIFFERENCES])
-@pytest.mark.parametrize("auxiliary", AUXILIARIES)
+@pytest.mark.parametrize("auxiliary", AUILIARIES)
 def test_exact(auxiliary, way, arithmetic, steps):
     model, x = EarlyExit(), torch.randn(32, 6)
     trained(model, x, steps)
@@ -283,6 +277,7 @@ KINDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is :DeprecationWarning")  # torch scripts a module here
 @pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules(kind, forced):

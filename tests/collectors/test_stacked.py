@@ -11,6 +11,7 @@ from gradalign import GradientAligner
 from gradalign.collectors.parameters import make_layout
 from gradalign.collectors.stacked import StackedCollector
 from gradalign.rules import Constant
+from tests import models
 
 
 def make(K=3, **options):
@@ -81,6 +82,21 @@ def test_what_a_group_does_not_reach_has_no_row():
     collector.write(torch.ones(1, 3), range(3), [1] * 3)
     assert a.grad is None
     assert b.grad.item() == 4
+
+
+def test_gradients_of_other_strides_than_the_parameters_are_taken_element_by_element():
+    # Too small together for hooks, and large enough to be cut.
+    weight = nn.Parameter(torch.randn(96, 128))
+    collector = StackedCollector(make_layout([{"params": [weight]}], "all", "global"), 2)
+    C = torch.randn(128, 96)
+    (turned,) = torch.autograd.grad((weight.t() * C).sum(), [weight])
+    assert turned.stride() != weight.stride()
+    collector.collect([("x", ((weight.t() * C).sum(),), None), ("y", (weight.square().sum() / 2,), None)])
+    G, _ = collector.gramians()
+    assert_close(G[0, 0, 1], (C.t().double() * weight.detach().double()).sum())
+    collector.write(torch.tensor([[2.0, 1.0]], dtype=torch.float64), range(2), [1, 1])
+    assert weight.grad.stride() == weight.stride()
+    assert_close(weight.grad, 2 * C.t() + weight.detach())
 
 
 def test_half_precision_rows_are_summed_in_float32():
@@ -188,19 +204,6 @@ def test_a_gradient_that_was_kept_once_costs_new_memory_once():
     assert weight.grad.data_ptr() == place
 
 
-class Remembered(torch.autograd.Function):
-    """The sum of a tensor; its backward returns the very tensor that it keeps, whatever flows in."""
-
-    @staticmethod
-    def forward(ctx, x, kept):
-        ctx.kept = kept
-        return x.sum()
-
-    @staticmethod
-    def backward(ctx, flowing):
-        return ctx.kept, None
-
-
 SIZES = {"hooked": WIDTH, "small": 3}
 
 
@@ -214,8 +217,8 @@ def test_a_gradient_that_a_function_keeps_is_not_changed(size):
     for _ in range(2):
         a.grad = b.grad = None
         with optimizer.accumulate():
-            optimizer.backward({"x": Remembered.apply(a, kept), "y": Remembered.apply(b, kept) + a.sum()})
-        optimizer.backward({"x": Remembered.apply(a, kept) + b.sum(), "y": Remembered.apply(b, kept)})
+            optimizer.backward({"x": models.Remembered.apply(a, kept), "y": models.Remembered.apply(b, kept) + a.sum()})
+        optimizer.backward({"x": models.Remembered.apply(a, kept) + b.sum(), "y": models.Remembered.apply(b, kept)})
         assert torch.equal(kept, before)
         assert torch.equal(a.grad, 4 * kept + 3)
         assert torch.equal(b.grad, 6 * kept + 2)

@@ -301,19 +301,6 @@ def test_micro_batches_are_stacked_and_equal_one_large_batch(collector):
         assert_same(model, whole)
 
 
-class Remembered(torch.autograd.Function):
-    """The sum of a tensor; its backward returns the very tensor that it keeps, whatever flows in."""
-
-    @staticmethod
-    def forward(ctx, x, kept):
-        ctx.kept = kept
-        return x.sum()
-
-    @staticmethod
-    def backward(ctx, flowing):
-        return ctx.kept, None
-
-
 @pytest.mark.parametrize("n", [3, WIDTH])
 @pytest.mark.parametrize("scope", ["all", "some"])
 def test_gradients_that_others_hold_are_not_changed(n, scope):
@@ -324,8 +311,8 @@ def test_gradients_that_others_hold_are_not_changed(n, scope):
         torch.optim.SGD(parameters), GASoft(0.5), scope=[d] if scope == "some" else scope, collector="streamed"
     )
     # Autograd gives a and b one tensor, and c what the function keeps, of the anchor as of the auxiliary.
-    anchor = ((a + b) * C).sum() + Remembered.apply(c, kept) + d.sum()
-    optimizer.backward({"a": anchor, "b": 3 * ((a + b) * C).sum() + Remembered.apply(c, kept) + 5 * d.sum()})
+    anchor = ((a + b) * C).sum() + models.Remembered.apply(c, kept) + d.sum()
+    optimizer.backward({"a": anchor, "b": 3 * ((a + b) * C).sum() + models.Remembered.apply(c, kept) + 5 * d.sum()})
     assert torch.equal(kept, C + 1)
     weight = optimizer.report.weights[0].item()
     if scope == "some":
