@@ -62,7 +62,7 @@ def in_parts(J: Tensor) -> list[list[Tensor]]:
 def planned(rows: Sequence[Sequence[Tensor]]) -> Callable[[], Tensor]:
     """Return a call of gradalign's Gramian of rows in parts, its plan made beforehand."""
     first = rows[0]
-    plan = GramianPlan([part.shape for part in first], len(rows), make_scratch(first[0].device))
+    plan = GramianPlan([part.shape for part in first], len(rows), make_scratch(first[0].device, len(rows)))
     return lambda: plan(rows)
 
 

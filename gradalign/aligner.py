@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradalign.arguments import (
-    check_anchor,
     check_choice,
     check_collector,
     check_optimizer,
@@ -24,7 +23,7 @@ from gradalign.arguments import (
 from gradalign.collectors.base import Collector
 from gradalign.collectors.losses import Losses, broken_groups, check_losses
 from gradalign.collectors.parameters import Granularity, Scope, check_granularity, check_scope
-from gradalign.collectors.probed import Probe, ProbedCollector
+from gradalign.collectors.probed import Probe
 from gradalign.collectors.stacked import StackedCollector
 from gradalign.errors import GradAlignError, NonFiniteError
 from gradalign.kept import Weighted
@@ -135,9 +134,10 @@ class GradientAligner(WrappedOptimizer):
         Args:
             losses: Maps each loss group's name to a scalar loss, or to a sequence of them, which are summed.
             probe: Evaluates the auxiliaries, for a rule that only rescales its anchor: a function that returns such a
-                mapping, while ``losses`` holds the anchor alone. It is called within ``backward``, once or more, with
-                dropout masks that repeat; parameters, buffers and the random state's course stay as they are. How
-                much of the batch it sees is its own choice; losses over a part of it stand for the whole.
+                mapping, while ``losses`` holds the anchor alone. It is called within ``backward``, once or more, must
+                compute the same each time and write into no parameter; the global random generators are set back,
+                buffers spared. How much of the batch it sees is its own choice, made before; a part stands for the
+                whole.
             scaler: None.
 
         Raises:
@@ -156,12 +156,8 @@ class GradientAligner(WrappedOptimizer):
         check_process_group(self._process_group)
         check_probe(probe, self._choice, self._rule, self._scope, self._granularity)
         groups = check_losses(losses)
-        if probe is None and not isinstance(self._steps.pool.current, ProbedCollector):
-            self._steps.check_groups(tuple(groups), self._groups)
-        step = self._steps.begin(self.param_groups, groups, probe, accumulating=self._accumulating)
+        step = self._steps.begin(self.param_groups, groups, probe, self._groups, accumulating=self._accumulating)
         collector = step.collector
-        if isinstance(collector, ProbedCollector):
-            collector.add_probe(groups, probe)
         if self._skip_step and all(p.grad is None for p in collector.layout.parameters):
             self._skip_step = False  # whoever reset p.grad, say model.zero_grad(), began a new step
         collector.collect(step.losses)
@@ -170,8 +166,6 @@ class GradientAligner(WrappedOptimizer):
                 self._align(step)
             finally:
                 collector.discard()
-        elif not isinstance(collector, ProbedCollector):
-            self._groups = step.names
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -274,16 +268,14 @@ class GradientAligner(WrappedOptimizer):
     def __repr__(self) -> str:
         scope = self._scope if isinstance(self._scope, str) else f"{len(self._scope)} parameters"
         blocks = self._granularity if isinstance(self._granularity, str) else f"{len(self._granularity)} blocks"
-        options = f"scope={scope!r}, granularity={blocks!r}, nonfinite={self._nonfinite!r}"
+        options = f"scope={scope!r}, granularity={blocks!r}, collector={self._choice!r}"
+        options += f", update_every={self._update_every}, nonfinite={self._nonfinite!r}"
         return f"GradientAligner({self._rule!r}, {options})\n{self._inner!r}"
 
     def _align(self, step: Step) -> None:
-        collector, names = step.collector, step.names
+        collector = step.collector
         collector.check_targets()
-        if isinstance(collector, ProbedCollector):
-            names = (*names, *collector.evaluate(names[0]))
-            self._steps.check_groups(names, self._groups)
-            check_anchor(self._rule, names)
+        names = self._steps.finish(step, self._groups)
         if step.weighted is not None:
             self._write_kept(step, step.weighted)
             return
@@ -292,8 +284,9 @@ class GradientAligner(WrappedOptimizer):
         if broken:
             weights = None if isinstance(self._rule, RowRule) else torch.full_like(gramians[..., 0], torch.nan)
         else:
+            reached = [count > 0 for count in collector.counts()]
             weights = self._write(collector, gramians, names)
-            self._steps.kept.keep(weights, names)
+            self._steps.kept.keep(weights, names, reached, self._rule.plain_weights(names))
         self._groups = names
         gramians = collector.seen(gramians)
         if self._granularity == "global":
@@ -325,6 +318,7 @@ class GradientAligner(WrappedOptimizer):
         if self._nonfinite != "propagate" and self._broken(step.collector, weighted.names, *step.collector.gramians()):
             return
         step.collector.write(weighted.weights, weighted.support, weighted.plain)
+        self._steps.kept.fill(step.collector.layout.parameters)
         self._steps.kept.spend()
 
     def _write(self, collector: Collector, gramians: Tensor, names: tuple[str, ...]) -> Tensor | None:

@@ -124,8 +124,10 @@ def check_anchor(rule: BaseRule, names: Sequence[str]) -> None:
 
 def check_update_every(update_every: object, rule: BaseRule) -> None:
     """Raise unless this is a number of steps, and the rule has weights that can be kept for them."""
-    if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
-        raise ValueError(f"`update_every` must be an integer of at least 1, got {update_every!r}.")
+    if isinstance(update_every, bool) or not isinstance(update_every, int):
+        raise TypeError(f"`update_every` must be an integer of at least 1, got {update_every!r}; 1 is every step.")
+    if update_every < 1:
+        raise ValueError(f"`update_every` must be an integer of at least 1, got {update_every}; 1 is every step.")
     if update_every > 1 and not isinstance(rule, Rule):
         raise ValueError(
             f"`update_every` must be 1 with {rule!r}, which has no weights to keep, got {update_every}; choose a rule"

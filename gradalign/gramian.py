@@ -28,9 +28,12 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def make_scratch(device: torch.device) -> Tensor:
-    """Return memory for the plans of one device: they may share it, for each is done with it when it returns."""
-    size = _CPU_SCRATCH if device.type == "cpu" else _ACCELERATOR_SCRATCH
+def make_scratch(device: torch.device, most_rows: int) -> Tensor:
+    """Return memory for the plans of one device, of up to ``most_rows`` rows.
+
+    They may share it, for each is done with it when it returns.
+    """
+    size = max(_CPU_SCRATCH if device.type == "cpu" else _ACCELERATOR_SCRATCH, most_rows * _TILE)
     return torch.empty(size, dtype=accumulation_dtype(device), device=device)
 
 
@@ -53,7 +56,7 @@ class GramianPlan:
         self._zero = scratch.new_zeros(num_rows, num_rows)
         room = largest_whole(num_rows, scratch.device)
         table = scratch[: room * num_rows].view(num_rows, room)
-        self._steps = [_Step(pieces, table, shapes) for pieces in fill(shapes, room)]
+        self._steps = [] if self._fused else [_Step(pieces, table, shapes) for pieces in fill(shapes, room)]
 
     def __call__(self, rows: Sequence[Sequence[Tensor]]) -> Tensor:
         """Return the Gramian (K, K) of K rows of parts; symmetric, on the scratch's device, in its dtype."""
@@ -178,5 +181,5 @@ def gramian(rows: Sequence[Tensor] | Tensor | Sequence[Sequence[Tensor]]) -> Ten
     """
     parts = [[row.reshape(-1)] if isinstance(row, Tensor) else [part.reshape(-1) for part in row] for row in rows]
     device = parts[0][0].device
-    plan = GramianPlan([part.shape for part in parts[0]], len(parts), make_scratch(device))
+    plan = GramianPlan([part.shape for part in parts[0]], len(parts), make_scratch(device, len(parts)))
     return plan(parts)

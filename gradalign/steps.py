@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradalign.arguments import check_parameters, rescales_anchor
+from gradalign.arguments import check_anchor, check_parameters, rescales_anchor
 from gradalign.collectors.base import Collector, Loss
 from gradalign.collectors.losses import Terms
 from gradalign.collectors.parameters import Layout
@@ -60,10 +60,12 @@ class Steps:
         self.pool = CollectorPool(scope, granularity, check_parameters)
         self.kept = KeptWeights(update_every)
         self._rule = rule
-        self._whole = scope == "all" and granularity == "global"
+        self._everything = scope == "all"
+        self._global = granularity == "global"
         self._shared_only = scope == "shared"
         self._choice = collector
-        self._kind = ""
+        self._kind = ""  # of the step at hand, with the names of its first micro-batch
+        self._begun: tuple[str, ...] = ()
         self._layout: Layout | None = None
 
     def begin(
@@ -71,15 +73,17 @@ class Steps:
         param_groups: Sequence[Mapping[str, Any]],
         groups: dict[str, Terms],
         probe: Probe | None,
+        known: tuple[str, ...] | None,
         *,
         accumulating: bool,
     ) -> Step:
-        """Return the step that these losses make.
+        """Return the step that these losses make, or raise ValueError where they do not fit.
 
         Args:
             param_groups: The optimizer's.
             groups: The losses, checked.
             probe: The user's, checked.
+            known: The names of the last alignment's groups.
             accumulating: More micro-batches follow.
         """
         layout = self.pool.layout(param_groups)
@@ -88,56 +92,77 @@ class Steps:
                 self.kept.forget()  # they are the weights of other parameters
             self._layout = layout
         names = tuple(groups)
-        if not self.pool.waiting:
+        if self.pool.waiting:
+            self._check_micro_batch(names, probe)
+        else:
             self._kind = self._kind_of(names, probe, layout.num_blocks, accumulating)
-        elif probe is not None and self._kind not in ("probed", "kept"):
+            self._begun = names
+        if self._kind == "kept":
+            return self._with_kept_weights(layout, groups)
+        losses: list[Loss] = [(name, terms, None) for name, terms in groups.items()]
+        if self._kind == "probed" and probe is not None:
+            probed = self.pool.get(("probed",), lambda: ProbedCollector(layout))
+            probed.add_probe(groups, probe)
+            return Step(probed, names, losses)
+        self._check_groups(names, known)
+        shared_only, K = self._shared_only, len(names)
+        if self._kind == "streamed":
+            (anchor,), plain = self._support(names), self._rule.plain_weights(names)
+            streamed = self.pool.get(
+                ("streamed", K, anchor, plain),
+                lambda: StreamedCollector(layout, K, anchor=anchor, plain=plain, shared_only=shared_only),
+            )
+            return Step(streamed, names, losses)
+        stacked = self.pool.get(("stacked", K), lambda: StackedCollector(layout, K, shared_only=shared_only))
+        return Step(stacked, names, losses)
+
+    def finish(self, step: Step, known: tuple[str, ...] | None) -> tuple[str, ...]:
+        """Return the names of all groups of the step, those of a probe too, which is evaluated.
+
+        Args:
+            step: The step, its last micro-batch collected.
+            known: The names of the last alignment's groups.
+        """
+        if not isinstance(step.collector, ProbedCollector):
+            return step.names
+        names = (*step.names, *step.collector.evaluate(step.names[0]))
+        self._check_groups(names, known)
+        check_anchor(self._rule, names)
+        return names
+
+    def _with_kept_weights(self, layout: Layout, groups: dict[str, Terms]) -> Step:
+        names = self.kept.names
+        weighted = self.kept.apply(
+            groups,
+            self._support(names),
+            self._rule.plain_weights(names),
+            one_vector=self._everything and self._global,
+            everything=self._everything,
+        )
+        n = len(weighted.losses)
+        collector = self.pool.get(("kept", n), lambda: StackedCollector(layout, n, shared_only=self._shared_only))
+        return Step(collector, names, weighted.losses, weighted)
+
+    def _check_micro_batch(self, names: tuple[str, ...], probe: Probe | None) -> None:
+        """Raise ValueError unless this micro-batch is like the first of its step."""
+        if probe is not None and self._kind not in ("probed", "kept"):
             raise ValueError(
                 "`probe` must be given for every micro-batch or for none, got one after micro-batches without; pass all"
                 " losses, or call zero_grad() and start the accumulation again."
             )
-        losses: list[Loss] = [(name, terms, None) for name, terms in groups.items()]
-        if self._kind == "kept":
-            of = self.kept.names
-            weighted = self.kept.apply(groups, self._support(of), self._rule.plain_weights(of), one_vector=self._whole)
-            n = len(weighted.losses)
-            kept = self.pool.get(("kept", n), lambda: StackedCollector(layout, n, shared_only=self._shared_only))
-            return Step(kept, of, weighted.losses, weighted)
-        if self._kind == "probed":
-            return Step(self.pool.get(("probed",), lambda: ProbedCollector(layout)), names, losses)
-        if self._kind == "streamed":
-            (anchor,), plain = self._support(names), self._rule.plain_weights(names)
-            return Step(
-                self.pool.get(
-                    ("streamed", len(names), anchor, plain),
-                    lambda: StreamedCollector(
-                        layout, len(names), anchor=anchor, plain=plain, shared_only=self._shared_only
-                    ),
-                ),
-                names,
-                losses,
-            )
-        stacked = self.pool.get(
-            ("stacked", len(names)), lambda: StackedCollector(layout, len(names), shared_only=self._shared_only)
-        )
-        return Step(stacked, names, losses)
-
-    def check_groups(self, names: tuple[str, ...], known: tuple[str, ...] | None) -> None:
-        """Raise ValueError unless the rule, its memory and the micro-batches that wait fit these groups.
-
-        Args:
-            names: This step's.
-            known: The last step's.
-        """
-        self._rule.check_groups(len(names), names)
-        if known is None or names == known:
-            return
-        waiting = self.pool.current is not None and self.pool.current.pending
-        if self._rule.stateful or waiting:
-            why = "while micro-batches wait" if waiting else f"under {self._rule!r}, which remembers them"
+        if probe is None and self._kind == "probed":
             raise ValueError(
-                f"`losses` must keep the loss groups {list(known)} {why}, got {list(names)};"
-                " pass the same names in the same order, or make a new aligner."
+                "`probe` must be given for every micro-batch or for none, got None after micro-batches with one; pass"
+                " it, or call zero_grad() and start the accumulation again."
             )
+        if names != self._begun:
+            raise _other_groups(self._begun, names, "while micro-batches wait")
+
+    def _check_groups(self, names: tuple[str, ...], known: tuple[str, ...] | None) -> None:
+        """Raise ValueError unless the rule and its memory fit these groups."""
+        self._rule.check_groups(len(names), names)
+        if self._rule.stateful and known is not None and names != known:
+            raise _other_groups(known, names, f"under {self._rule!r}, which remembers them")
 
     def _kind_of(self, names: tuple[str, ...], probe: Probe | None, num_blocks: int, accumulating: bool) -> str:
         if self.kept.serve(names, num_blocks, anchor_alone=probe is not None):
@@ -150,3 +175,10 @@ class Steps:
 
     def _support(self, names: Sequence[str]) -> tuple[int, ...]:
         return self._rule.support(names) if isinstance(self._rule, Rule) else tuple(range(len(names)))
+
+
+def _other_groups(known: tuple[str, ...], names: tuple[str, ...], why: str) -> ValueError:
+    return ValueError(
+        f"`losses` must keep the loss groups {list(known)} {why}, got {list(names)};"
+        " pass the same names in the same order, or make a new aligner."
+    )

@@ -174,7 +174,7 @@ BAD_ARGUMENTS = {
     "scope with nothing": (ValueError, r"`scope` must hold at least one parameter, got none", {"scope": iter(())}),
     "scope with names": (
         TypeError,
-        r"`scope` must hold parameters, got tuple at position 0; pass module.parameters\(\)",
+        r"`scope` must hold parameters, got tuple at position 0; pass parameters themselves",
         {"scope": nn.Linear(1, 1).named_parameters()},
     ),
     "scope with a stranger": (

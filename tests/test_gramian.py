@@ -43,7 +43,7 @@ def test_rows_in_parts_are_rows(K, sizes):
 
 @pytest.mark.parametrize("K", [1, 3, 4, 6])
 def test_a_plan_is_used_again_and_shares_its_scratch(K):
-    scratch = make_scratch(torch.device("cpu"))
+    scratch = make_scratch(torch.device("cpu"), K)
     shapes = [(2, 3), (5000,), (40, 7), (), (300_000,)]
     plan, other = GramianPlan(shapes, K, scratch), GramianPlan([(17,)], K, scratch)
     for seed in range(3):
@@ -57,7 +57,7 @@ def test_a_plan_is_used_again_and_shares_its_scratch(K):
 
 def test_parts_of_any_strides_are_taken_by_their_elements():
     part = integers(1, 12).view(3, 4)
-    plan = GramianPlan([(3, 4)], 2, make_scratch(torch.device("cpu")))
+    plan = GramianPlan([(3, 4)], 2, make_scratch(torch.device("cpu"), 2))
     turned = part.t().contiguous().t()
     assert turned.stride() != part.stride()
     assert torch.equal(plan([[part], [turned]]), part.double().square().sum().expand(2, 2))
@@ -97,3 +97,23 @@ def test_lowered_matmul_precision_does_not_reach_it():
 
 def test_no_elements():
     assert torch.equal(gramian(torch.zeros(2, 0)), torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_as_many_rows_as_anybody_asks_for():
+    J = integers(700, 30)
+    assert torch.equal(gramian(list(J)), J.double() @ J.double().T)
+
+
+def test_where_a_fused_kernel_is_chosen_it_gets_the_parts_one_dimensional(monkeypatch):
+    # Which devices it is chosen on is a table of measurements; here a plain function stands where the kernel would.
+    monkeypatch.setattr("gradalign.gramian._fused_kernel", lambda num_rows, device: flat_product)
+    parts = [[integers(1, 12).view(3, 4) + k, integers(1, 5)[0] * k] for k in range(3)]
+    J = torch.stack([torch.cat([part.flatten() for part in row]) for row in parts]).double()
+    plan = GramianPlan([(3, 4), (5,)], 3, make_scratch(torch.device("cpu"), 3))
+    assert torch.equal(plan(parts), J @ J.T)
+
+
+def flat_product(rows):
+    assert all(part.ndim == 1 and part.is_contiguous() for row in rows for part in row)
+    J = torch.stack([torch.cat(row) for row in rows]).double()
+    return J @ J.T

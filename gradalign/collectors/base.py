@@ -113,7 +113,7 @@ class Collector(ABC):
 
     def check_targets(self) -> None:
         """Raise ValueError where ``p.grad`` holds something that a gradient cannot be added to in place."""
-        for parameter, count in zip(self.layout.parameters, self._counts(), strict=True):
+        for parameter, count in zip(self.layout.parameters, self.counts(), strict=True):
             gradient = parameter.grad
             if gradient is None or not count:
                 continue
@@ -176,16 +176,14 @@ class Collector(ABC):
         return list(gradients)
 
     @abstractmethod
-    def _counts(self) -> list[int]:
+    def counts(self) -> list[int]:
         """Return for each parameter how many groups reach it."""
 
     def _blocks(self) -> Sequence[int]:
         """Return each parameter's block, OUTSIDE for one that has to be shared and is not."""
         if not self._shared_only:
             return self.layout.blocks
-        return [
-            block if count > 1 else OUTSIDE for block, count in zip(self.layout.blocks, self._counts(), strict=True)
-        ]
+        return [block if count > 1 else OUTSIDE for block, count in zip(self.layout.blocks, self.counts(), strict=True)]
 
     def _deposit(self, aligned: Row) -> None:
         """Add the aligned gradients, (T,), to ``p.grad``; where there is none, they become it."""
@@ -219,7 +217,7 @@ class Owner:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._places: dict[int, tuple[int, int]] = {}  # where a gradient lies: whose it is, by row and parameter
+        self._places: dict[int, tuple[int, int]] = {}  # a storage: whose it is, by row and parameter
 
     def own(self, row: Row, members: Sequence[int]) -> None:
         """Put into ``row`` gradients in the layout's strides that share memory with none seen before.
@@ -231,17 +229,21 @@ class Owner:
         for i in members:
             mine = (id(row), i)
             if self._layout.is_laid_out(i, row[i]):
-                if _references(row, i) > _UNSHARED or self._places.get(row[i].data_ptr(), mine) != mine:
+                if _references(row, i) > _UNSHARED or self._places.get(_storage(row[i]), mine) != mine:
                     row[i] = row[i].clone()
             else:
                 row[i] = self._layout.laid_out(i, row[i])
-            self._places[row[i].data_ptr()] = mine
+            self._places[_storage(row[i])] = mine
 
 
 def is_exclusive(tensor: Tensor) -> bool:
     """Return whether no other tensor shares this one's memory; False where torch does not tell."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     return count is not None and count(tensor.untyped_storage()._cdata) <= 2  # the tensor and the storage asked
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _references(row: Sequence[object], i: int) -> int:

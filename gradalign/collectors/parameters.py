@@ -117,7 +117,7 @@ def make_layout(
 def quick_key(param_groups: Sequence[Mapping[str, Any]]) -> list[list[tuple[object, ...]]]:
     """Return what changes whenever ``layout_key`` does, and is cheap enough for every step."""
     return [
-        [(id(p), p.data_ptr(), p.shape, p.stride()) for p in group["params"] if p.requires_grad]
+        [(id(p), p.data_ptr(), p.shape, p.stride(), p.dtype) for p in group["params"] if p.requires_grad]
         for group in param_groups
     ]
 
@@ -164,7 +164,7 @@ def _known_parameters(
         if not isinstance(parameter, Tensor):
             raise TypeError(
                 f"`{argument}` must hold parameters, got {type(parameter).__name__} at position {position};"
-                " pass module.parameters(), not module.named_parameters()."
+                " pass parameters themselves, such as list(module.parameters())."
             )
         if id(parameter) not in known:
             raise ValueError(

@@ -40,17 +40,12 @@ class ProbedCollector(Collector):
         self._probes: list[Probe] = []
         self._row: dict[str, Tensor] = {}
 
-    def add_probe(self, groups: Mapping[str, Terms], probe: Probe | None) -> None:
+    def add_probe(self, groups: Mapping[str, Terms], probe: Probe) -> None:
         """Take the probe of the next micro-batch.
 
         Raises:
-            ValueError: There is none, or other losses than the anchor's are to be differentiated.
+            ValueError: Other losses than the anchor's are to be differentiated.
         """
-        if probe is None:
-            raise ValueError(
-                "`probe` must be given for every micro-batch or for none, got None after micro-batches with one; pass"
-                " it, or call zero_grad() and start the accumulation again."
-            )
         if len(groups) != 1:
             raise ValueError(
                 f"`losses` must hold the anchor's loss alone beside a `probe`, got the groups {list(groups)}; let the"
@@ -61,8 +56,9 @@ class ProbedCollector(Collector):
     def _collect(self, losses: Sequence[Loss]) -> None:
         self._anchor.collect(losses)
 
-    def _counts(self) -> list[int]:
-        return self._anchor._counts()
+    def counts(self) -> list[int]:
+        """Return for each parameter how many groups reach it."""
+        return self._anchor.counts()
 
     @torch.no_grad()
     def evaluate(self, anchor: str) -> tuple[str, ...]:

@@ -114,7 +114,8 @@ class StackedCollector(Collector):
         """Return the gradient of group k, (T,), None where it does not reach a parameter."""
         return self._rows[k]
 
-    def _counts(self) -> list[int]:
+    def counts(self) -> list[int]:
+        """Return for each parameter how many groups reach it."""
         return [sum(gradient is not None for gradient in column) for column in zip(*self._rows, strict=True)]
 
     @torch.no_grad()
@@ -210,7 +211,7 @@ class StackedCollector(Collector):
 
     def _scratch_on(self, device: torch.device) -> Tensor:
         if device not in self._scratch:
-            self._scratch[device] = make_scratch(device)
+            self._scratch[device] = make_scratch(device, self.num_groups)
         return self._scratch[device]
 
 

@@ -6,6 +6,7 @@ Shapes: K groups, T parameters, B blocks; a is the anchor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,8 @@ from gradalign.gramian import GramianPlan, accumulation_dtype, make_scratch
 _CPU_WAIT = 1
 _ACCELERATOR_WAIT = 2**22
 
+_MORE_PLANS = 64
+
 
 class StreamedCollector(Collector):
     """See every auxiliary through G_ka = <g_k, g_a> and its norm, and write the anchor's gradient, rescaled.
@@ -28,7 +31,7 @@ class StreamedCollector(Collector):
     The anchor is differentiated first. As backward makes an auxiliary's gradient, parameter by parameter, each is
     multiplied by the anchor's and dropped, so that no more than the anchor's gradient and a few single ones are ever
     held: what ``loss.backward()`` holds. Parameters outside the scope add up their groups' gradients with the plain
-    weights at once.
+    weights at once. It serves steps of one micro-batch: for more, the auxiliaries' sums would be needed.
 
     Args:
         layout: The parameters and their blocks.
@@ -50,6 +53,8 @@ class StreamedCollector(Collector):
         self._device = layout.parameters[0].device
         self._scratch: dict[torch.device, Tensor] = {}
         self._plans: dict[tuple[object, ...], GramianPlan] = {}
+        self._sums: dict[tuple[object, ...], CombinePlan] = {}
+        self._most_plans = 4 * len(layout.parameters) + _MORE_PLANS
         self._unseen = torch.tensor(
             [[i != j and anchor not in (i, j) for j in range(num_groups)] for i in range(num_groups)],
             device=self._device,
@@ -57,6 +62,7 @@ class StreamedCollector(Collector):
         self._begin()
 
     def _begin(self) -> None:
+        self._fresh = True
         T, K = len(self.layout.parameters), self.num_groups
         self._lead: Row = [None] * T  # the anchor's; outside the scope, the weighted sum so far
         self._alone: dict[int, dict[int, Tensor]] = {}  # gradients of parameters that the anchor does not reach
@@ -68,7 +74,7 @@ class StreamedCollector(Collector):
         )
 
     def _collect(self, losses: Sequence[Loss]) -> None:
-        self._begin()
+        self._fresh = False
         order = [self._anchor, *(k for k in range(self.num_groups) if k != self._anchor)]
         for k in order:
             waiting = _Waiting(self, k)
@@ -146,8 +152,10 @@ class StreamedCollector(Collector):
         """Return the Gramian of one row or two of these parameters' gradients."""
         key = (tuple(members), len(rows))
         if key not in self._plans:
+            if len(self._plans) >= self._most_plans:  # what is reached keeps changing, as where layers are dropped
+                self._plans.clear()
             if device not in self._scratch:
-                self._scratch[device] = make_scratch(device)
+                self._scratch[device] = make_scratch(device, 2)
             self._plans[key] = GramianPlan([part.shape for part in rows[0]], len(rows), self._scratch[device])
         return self._plans[key](rows)
 
@@ -157,13 +165,14 @@ class StreamedCollector(Collector):
             for i, gradient in zip(members, gradients, strict=True)
         ]
 
-    def _counts(self) -> list[int]:
+    def counts(self) -> list[int]:
+        """Return for each parameter how many groups reach it."""
         return [sum(groups) for groups in zip(*self._reach, strict=True)]
 
     @torch.no_grad()
     def gramians(self) -> tuple[Tensor, Tensor]:
         """Return the Gramians of the blocks, (B, K, K), and that of the parameters outside the scope, (K, K)."""
-        counts = self._counts()
+        counts = self.counts()
         rest = [i for i, lead in enumerate(self._lead) if lead is not None and i not in self._counted]
         rest = [i for i in rest if self.layout.blocks[i] != OUTSIDE]
         alone = [i for i in rest if self._shared_only and counts[i] == 1]
@@ -192,7 +201,7 @@ class StreamedCollector(Collector):
         a = self._anchor
         aligned: Row = list(self._lead)
         kinds: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
-        for i, (count, block) in enumerate(zip(self._counts(), self._blocks(), strict=True)):
+        for i, (count, block) in enumerate(zip(self.counts(), self._blocks(), strict=True)):
             parameter = self.layout.parameters[i]
             if i in self._alone:
                 aligned[i] = self._of_auxiliaries(i, plain)
@@ -205,8 +214,11 @@ class StreamedCollector(Collector):
         outside = weights.new_full((), plain[a])
         for (block, _, device), members in kinds.items():
             parts = self._parts(members, [self._lead[i] for i in members])
-            plan = CombinePlan([part.shape for part in parts], device)
-            plan(parts, [parts], [outside if block == OUTSIDE else weights[block, a]])
+            key = (tuple(members), device)
+            if key not in self._sums:
+                self._sums = {} if len(self._sums) >= self._most_plans else self._sums
+                self._sums[key] = CombinePlan([part.shape for part in parts], device)
+            self._sums[key](parts, [parts], [outside if block == OUTSIDE else weights[block, a]])
         self._deposit(aligned)
         self.discard()
 
@@ -218,7 +230,8 @@ class StreamedCollector(Collector):
     def discard(self) -> None:
         """Drop the gradients."""
         super().discard()
-        self._begin()
+        if not self._fresh:
+            self._begin()
 
 
 class _Waiting:
@@ -231,15 +244,17 @@ class _Waiting:
         self._gradients: list[Tensor] = []
         self._taken: set[int] = set()
         self._numel = 0
+        self._lock = Lock()
 
     def take(self, i: int, gradient: Tensor) -> bool:
-        """Take a gradient, fresh from backward."""
-        self._taken.add(i)
-        self._members.append(i)
-        self._gradients.append(gradient)
-        self._numel += gradient.numel()
-        if self._numel >= (_CPU_WAIT if gradient.device.type == "cpu" else _ACCELERATOR_WAIT):
-            self._reduce()
+        """Take a gradient, fresh from backward, which may come from a thread for each device."""
+        with self._lock:
+            self._taken.add(i)
+            self._members.append(i)
+            self._gradients.append(gradient)
+            self._numel += gradient.numel()
+            if self._numel >= (_CPU_WAIT if gradient.device.type == "cpu" else _ACCELERATOR_WAIT):
+                self._reduce()
         return True
 
     def take_rest(self, gradients: Row) -> None:

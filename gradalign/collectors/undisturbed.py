@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 class RandomState:
-    """The state of torch's generators, on the CPU and on these devices, to be returned to.
+    """The state of the global random generators, to be returned to: torch's, Python's, and NumPy's where it is loaded.
 
     Args:
         devices: Whose generators a dropout may draw from.
@@ -20,6 +22,9 @@ class RandomState:
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._cpu = torch.get_rng_state()
+        self._python = random.getstate()
+        self._numpy = sys.modules.get("numpy")
+        self._of_numpy = None if self._numpy is None else self._numpy.random.get_state()
         self._others = [
             (device, torch.get_device_module(device).get_rng_state(device))
             for device in devices
@@ -29,6 +34,9 @@ class RandomState:
     def restore(self) -> None:
         """Put the generators back."""
         torch.set_rng_state(self._cpu)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            self._numpy.random.set_state(self._of_numpy)
         for device, state in self._others:
             torch.get_device_module(device).set_rng_state(state, device)
 

@@ -12,7 +12,7 @@ from gradalign import GradientAligner, rules
 from gradalign.errors import NonFiniteError
 from gradalign.rules import GAHard, GASoft
 from tests import models
-from tests.collectors.test_directional import DIFFERENCES, FORWARD, EarlyExit, Opaque, anchor, by_no_grad, mutual
+from tests.auxiliaries import DIFFERENCES, FORWARD, EarlyExit, Opaque, anchor, by_no_grad, mutual
 
 RULES = [GASoft(0.4), GASoft(0.9, clamp=True), GAHard(0.4), GASoft(0.4, anchor="ce"), GASoft(0.4, anchor=0)]
 WAYS = [FORWARD, DIFFERENCES]
@@ -364,7 +364,11 @@ def test_an_anchor_that_no_group_has():
 
 
 def test_a_probe_that_names_the_anchor_again():
-    refused(ValueError, r"`probe\(\)`.*'first'", probe=lambda: {"first": torch.ones(())})
+    w = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = GradientAligner(torch.optim.SGD([w], lr=0.1), GASoft(alpha=0.5))
+    with pytest.raises(ValueError, match=r"`probe\(\)` must not name the anchor, 'ce'"):
+        optimizer.backward({"ce": w[0]}, probe=lambda: {"ce": w.sum()})
+    assert w.grad is None
 
 
 NAN, INF = float("nan"), float("inf")
@@ -466,6 +470,12 @@ def test_a_probe_missing_beside_the_anchor_alone(steps_before):
         accumulated(probing("kd"), lambda w: ({"ce": w[0] * 2}, None), steps_before=steps_before)
 
 
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_another_anchor_in_a_later_micro_batch(steps_before):
+    with pytest.raises(ValueError, match=r"`losses` must keep the loss groups \['ce'\] while micro-batches wait"):
+        accumulated(probing("kd"), lambda w: ({"wrong": w[0] * 2}, lambda: {"kd": w.sum()}), steps_before=steps_before)
+
+
 def test_a_probe_in_a_later_micro_batch_alone():
     with pytest.raises(ValueError, match=r"`probe`"):
         accumulated(
@@ -483,6 +493,31 @@ def test_micro_batches_that_wait_are_dropped_with_their_probes():
     optimizer.backward({"ce": w[0] * 2}, probe=lambda: {"kd": w.sum()})
     assert optimizer.report.names == ("ce", "kd")
     assert w.grad.tolist() == [1.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("of", "message"),
+    [
+        (lambda w, before: (w[0] * 2).detach(), r"`probe\(\)\['kd'\]` must change with the parameters"),
+        (lambda w, before: torch.ones(()), r"`probe\(\)\['kd'\]` must change with the parameters"),
+        (lambda w, before: before, r"`probe` must compute its losses within its call"),
+        (lambda w, before: before.square() + w.sum(), r"`probe` must compute its losses within its call"),
+    ],
+)
+def test_a_probe_that_is_not_computed_from_the_parameters_is_refused(of, message):
+    w = nn.Parameter(torch.tensor([1.0, 2.0]))
+    before = w.exp().sum()
+    optimizer = GradientAligner(torch.optim.SGD([w], lr=0.1), GASoft(alpha=0.5))
+    with pytest.raises(ValueError, match=message):
+        optimizer.backward({"ce": w[0] * 2}, probe=lambda: {"kd": of(w, before)})
+    assert w.grad is None
+
+
+def test_an_auxiliary_of_its_own_parameters_alone_changes_nothing():
+    w, own = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.ones(2))
+    optimizer = GradientAligner(torch.optim.SGD([w, own], lr=0.1), GASoft(alpha=0.5))
+    optimizer.backward({"ce": w[0] * 2}, probe=lambda: {"kd": (own * w.detach()).sum()})
+    assert w.grad.tolist() == [1.0, 0.0]
 
 
 def test_an_error_in_the_probe_drops_what_waits():

@@ -372,3 +372,19 @@ def test_no_second_gradient_is_held(collector, least, most):
     with Peak(besides=model.parameters()) as peak:
         optimizer.backward(losses)
     assert least <= peak.most <= most
+
+
+def test_what_is_reached_may_keep_changing():
+    layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(12))
+    optimizer = GradientAligner(torch.optim.SGD(layers.parameters(), lr=0.1), GASoft(0.5))
+    plans = []
+    for step in range(400):
+        dropped = {(step * 7 + k * step) % 12 for k in range(4)}
+        h = torch.ones(2, 3)
+        for k, layer in enumerate(layers):
+            h = h if k in dropped else layer(h).tanh()
+        optimizer.zero_grad()
+        optimizer.backward({"a": h.sum(), "b": h.square().sum()})
+        collector = optimizer._steps.pool.current
+        plans.append(len(collector._plans) + len(collector._sums))
+    assert max(plans) <= 2 * (4 * 24 + 64)

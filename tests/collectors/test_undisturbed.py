@@ -10,7 +10,7 @@ from torch.nn.modules import module as torch_module
 from gradalign import GradientAligner
 from gradalign.collectors.undisturbed import RandomState, spared_buffers
 from gradalign.rules import GASoft
-from tests.collectors.test_directional import DIFFERENCES, FORWARD, EarlyExit, Opaque, anchor, by_no_grad, mutual
+from tests.auxiliaries import DIFFERENCES, FORWARD, EarlyExit, Opaque, anchor, by_no_grad, mutual
 
 
 def everything(model):
