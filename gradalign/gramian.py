@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements of the scratch that rows are widened into, all rows together: 4 MiB in float64, which a core's caches hold;
-# an accelerator wants few launches.
+# Elements of the scratch that rows are widened into, all rows together. On a CPU 4 MiB in float64, which the caches hold;
+# but up to 16 rows no less a row than torch shares out among threads. An accelerator wants few launches.
 _CPU_SCRATCH = 2**19
+_SHARED_OUT = 2**16
+_MOST_ROWS_SHARED_OUT = 16
 _ACCELERATOR_SCRATCH = 2**22
 
 # Rows of a batched product are cut into tiles of this many elements, so that threads have something to share.
@@ -33,8 +35,13 @@ def make_scratch(device: torch.device, most_rows: int) -> Tensor:
 
     They may share it, for each is done with it when it returns.
     """
-    size = max(_CPU_SCRATCH if device.type == "cpu" else _ACCELERATOR_SCRATCH, most_rows * _TILE)
-    return torch.empty(size, dtype=accumulation_dtype(device), device=device)
+    return torch.empty(_scratch_size(most_rows, device), dtype=accumulation_dtype(device), device=device)
+
+
+def _scratch_size(num_rows: int, device: torch.device) -> int:
+    least = _SHARED_OUT * min(num_rows, _MOST_ROWS_SHARED_OUT)
+    size = max(_CPU_SCRATCH, least) if device.type == "cpu" else _ACCELERATOR_SCRATCH
+    return max(size, num_rows * _TILE)
 
 
 class GramianPlan:
@@ -118,8 +125,7 @@ class _Step:
 
 def largest_whole(num_rows: int, device: torch.device) -> int:
     """Return how many elements of each of K rows fit into the scratch, a multiple of the tile."""
-    size = _CPU_SCRATCH if device.type == "cpu" else _ACCELERATOR_SCRATCH
-    return max(size // num_rows // _TILE, 1) * _TILE
+    return _scratch_size(num_rows, device) // num_rows // _TILE * _TILE
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,10 @@ from gradalign.collectors.combine import CombinePlan
 from gradalign.collectors.parameters import MOST_WHOLE, OUTSIDE, Layout
 from gradalign.gramian import GramianPlan, accumulation_dtype, largest_whole, make_scratch
 
+# Bytes from which the C library takes an allocation's pages from the system each time. A parameter's first gradient of
+# that size stays as backward made it: to copy it saves nothing, and it would be held twice, beside all activations.
+_PAGES_OF_ITS_OWN = 2**25
+
 
 class StackedCollector(Collector):
     """Keep K gradients as rows, give their Gramians, and write a weighted sum of them into ``p.grad``.
@@ -42,7 +46,8 @@ class StackedCollector(Collector):
     def __init__(self, layout: Layout, num_groups: int, *, shared_only: bool = False) -> None:
         super().__init__(layout, num_groups, shared_only=shared_only)
         numbers = range(len(layout.parameters))
-        self._hooked = [i for i in large(layout.sizes) if layout.parameters[i].device.type == "cpu"]
+        hookable = large(layout.sizes) if num_groups > 1 else []  # a single group's gradients become p.grad as they are
+        self._hooked = [i for i in hookable if layout.parameters[i].device.type == "cpu"]
         whole = min(MOST_WHOLE, *(largest_whole(num_groups, p.device) for p in layout.parameters))
         self._flat = [i for i in numbers if layout.sizes[i] > whole]
         self._buffers: list[dict[int, Tensor]] = [{} for _ in range(num_groups)]
@@ -72,6 +77,8 @@ class StackedCollector(Collector):
         def take(i: int, gradient: Tensor) -> bool:
             if row[i] is not None:
                 row[i].add_(gradient)
+            elif self._leads[i] is None and gradient.nbytes >= _PAGES_OF_ITS_OWN:
+                return False
             else:
                 row[i] = self._memory(k, i).copy_(gradient)
                 if self._leads[i] is None:
