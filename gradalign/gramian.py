@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements of the scratch that rows are widened into, all rows together. On a CPU 4 MiB in float64, which the caches hold;
-# but up to 16 rows no less a row than torch shares out among threads. An accelerator wants few launches.
+# Elements of the scratch that rows are widened into, all rows together. On a CPU 4 MiB in float64, which the caches
+# hold, but up to 16 rows no less a row than torch shares out among threads. An accelerator wants few launches.
 _CPU_SCRATCH = 2**19
 _SHARED_OUT = 2**16
 _MOST_ROWS_SHARED_OUT = 16

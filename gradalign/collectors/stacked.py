@@ -6,15 +6,16 @@ Shapes: K groups, T parameters, B blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gradalign.collectors.base import Collector, Loss, Owner, Row, is_exclusive, large
-from gradalign.collectors.combine import CombinePlan
 from gradalign.collectors.parameters import MOST_WHOLE, OUTSIDE, Layout
-from gradalign.gramian import GramianPlan, accumulation_dtype, largest_whole, make_scratch
+from gradalign.collectors.plans import DensePlan, Kind, Plan, RowSparsePlan
+from gradalign.collectors.row_sparse import RowSparse, can_be_row_sparse, touched_rows, union
+from gradalign.gramian import accumulation_dtype, largest_whole, make_scratch
 
 # Bytes from which the C library takes an allocation's pages from the system each time. A parameter's first gradient of
 # that size stays as backward made it: to copy it saves nothing, and it would be held twice, beside all activations.
@@ -32,6 +33,9 @@ class StackedCollector(Collector):
       are cheaper to leave alone;
     - on an accelerator kept as autograd made them, for its allocator gives the same memory at every step.
 
+    A matrix most of whose rows are zero, as an embedding's gradient is, costs on a CPU one look at its rows and then
+    what the others cost: of the other groups these alone are kept, and they alone are multiplied and summed.
+
     Either way a step holds what ``loss.backward()`` holds and K - 1 gradients more, of which those of parameters that
     a group does not reach cost nothing: neither memory nor time.
 
@@ -48,18 +52,22 @@ class StackedCollector(Collector):
         numbers = range(len(layout.parameters))
         hookable = large(layout.sizes) if num_groups > 1 else []  # a single group's gradients become p.grad as they are
         self._hooked = [i for i in hookable if layout.parameters[i].device.type == "cpu"]
+        self._matrices = {i for i in numbers if can_be_row_sparse(layout.parameters[i])}
         whole = min(MOST_WHOLE, *(largest_whole(num_groups, p.device) for p in layout.parameters))
         self._flat = [i for i in numbers if layout.sizes[i] > whole]
         self._buffers: list[dict[int, Tensor]] = [{} for _ in range(num_groups)]
         self._scratch: dict[torch.device, Tensor] = {}
         self._plan_key: object = None
-        self._plans: list[_Plan] = []
+        self._plans: list[DensePlan] = []
+        self._row_sparse_plans: list[RowSparsePlan] | None = None  # None: not made for what the rows hold now
         self._rows: list[Row] = []
         self._leads: list[Any] = []  # for each parameter the first group that reaches it, None as long as none does
+        self._touched: dict[int, Tensor] = {}  # a parameter whose lead is row-sparse: the rows that it touches
         self._owner = Owner(layout)
 
     def _collect(self, losses: Sequence[Loss]) -> None:
         nothing: Row = [None] * len(self.layout.parameters)
+        self._row_sparse_plans = None
         if not self.pending:
             self._rows = [list(nothing) for _ in losses]
             self._leads = [None] * len(nothing)
@@ -75,18 +83,46 @@ class StackedCollector(Collector):
         row = self._rows[k]
 
         def take(i: int, gradient: Tensor) -> bool:
+            first = self._leads[i] is None
+            index = self._look(i, gradient) if first or i in self._touched else None
             if row[i] is not None:
-                row[i].add_(gradient)
-            elif self._leads[i] is None and gradient.nbytes >= _PAGES_OF_ITS_OWN:
+                self._add(k, i, gradient, index)
+            elif first and (self._keep_touched(i, index) or gradient.nbytes >= _PAGES_OF_ITS_OWN):
                 return False
+            elif index is not None:
+                row[i] = RowSparse(index, gradient.index_select(0, index))
             else:
                 row[i] = self._memory(k, i).copy_(gradient)
-                if self._leads[i] is None:
+                if first:
                     self._leads[i] = k
             taken.append(i)
             return True
 
         return take
+
+    def _look(self, i: int, gradient: Tensor) -> Tensor | None:
+        """Return the rows that a gradient of parameter i touches where it is row-sparse, else None."""
+        return touched_rows(gradient) if i in self._matrices and self.layout.is_laid_out(i, gradient) else None
+
+    def _keep_touched(self, i: int, index: Tensor | None) -> bool:
+        """Note the rows that parameter i's lead touches, None for many; return whether they are few."""
+        if index is None:
+            self._touched.pop(i, None)
+        else:
+            self._touched[i] = index
+        return index is not None
+
+    def _add(self, k: int, i: int, gradient: Tensor, index: Tensor | None) -> None:
+        """Add a gradient that touches the rows of ``index``, None for many, to that of earlier micro-batches."""
+        sum_so_far = self._rows[k][i]
+        if isinstance(sum_so_far, RowSparse):
+            if index is not None:
+                self._rows[k][i] = sum_so_far.plus(RowSparse(index, gradient.index_select(0, index)))
+                return
+            self._rows[k][i] = sum_so_far = sum_so_far.dense(self._memory(k, i))
+        elif self._leads[i] == k and i in self._touched:
+            self._keep_touched(i, None if index is None else union([self._touched[i], index]))
+        sum_so_far.add_(gradient)
 
     def _memory(self, k: int, i: int) -> Tensor:
         """Return memory for group k's gradient of parameter i, that of the last step unless it is a ``p.grad`` now."""
@@ -110,16 +146,26 @@ class StackedCollector(Collector):
         first = [i for i in new if self._leads[i] is None]
         for i in first:
             self._leads[i] = k
+            if i not in self._hooked:
+                self._keep_touched(i, self._look(i, gradients[i]))
         for i in new:
             row[i], gradients[i] = gradients[i], None
         self._owner.own(row, first)
+        for i in old:
+            self._touched.pop(i, None)
         if old:
             self._owner.own(row, [i for i in old if self._leads[i] != k])
             torch._foreach_add_([row[i] for i in old], [gradients[i] for i in old])
 
     def row(self, k: int) -> Row:
         """Return the gradient of group k, (T,), None where it does not reach a parameter."""
+        for i in self._matrices:
+            self._make_dense(k, i)
         return self._rows[k]
+
+    def _make_dense(self, k: int, i: int) -> None:
+        if isinstance(self._rows[k][i], RowSparse):
+            self._rows[k][i] = self._rows[k][i].dense(self._memory(k, i))
 
     def counts(self) -> list[int]:
         """Return for each parameter how many groups reach it."""
@@ -132,7 +178,7 @@ class StackedCollector(Collector):
         shape = (self.layout.num_blocks + 1, self.num_groups, self.num_groups)
         G = torch.zeros(shape, dtype=accumulation_dtype(device), device=device)
         for plan in self._planned():
-            plan.add_gramian(G[plan.block], self._rows)
+            plan.add_gramian(G[plan.kind.block], self._rows)
         return G[:-1], G[OUTSIDE]
 
     @torch.no_grad()
@@ -147,9 +193,8 @@ class StackedCollector(Collector):
         outside = torch.stack([weights.new_full((), weight) for weight in plain])
         table = torch.cat([weights, outside.unsqueeze(0)])  # the last row is OUTSIDE's
         for plan in self._planned():
-            plan.combine(
-                self._rows, list(table[plan.block]), range(self.num_groups) if plan.block == OUTSIDE else support
-            )
+            block = plan.kind.block
+            plan.combine(self._rows, list(table[block]), range(self.num_groups) if block == OUTSIDE else support)
         self._deposit([None if k is None else self._rows[k][i] for i, k in enumerate(self._leads)])
         self.discard()
 
@@ -162,7 +207,7 @@ class StackedCollector(Collector):
             plain: K numbers, the weights outside the scope.
         """
         for plan in self._planned():
-            if plan.block == OUTSIDE:
+            if plan.kind.block == OUTSIDE:
                 weights = [plan.scratch.new_full((), weight) for weight in plain]
                 plan.combine(self._rows, weights, range(self.num_groups))
         blocks: dict[int, list[int]] = {}  # with parameters that nothing reaches, so that a row's length stays
@@ -187,88 +232,60 @@ class StackedCollector(Collector):
             dtype = torch.promote_types(dtype, parameter.dtype)
         joined = torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=parameters[0].device)
         for i, place in zip(members, joined.split([p.numel() for p in parameters]), strict=True):
-            gradient = row[i]
-            if gradient is not None:
-                place.view(gradient.shape).copy_(gradient)
+            gradient, shape = row[i], self.layout.parameters[i].shape
+            if isinstance(gradient, RowSparse):
+                gradient.dense(place.view(shape))
+            elif gradient is not None:
+                place.view(shape).copy_(gradient)
         return joined
 
     def discard(self) -> None:
         """Drop the gradients in the rows."""
         super().discard()
-        self._rows, self._leads = [], []
+        self._rows, self._leads, self._touched, self._row_sparse_plans = [], [], {}, None
         self._owner = Owner(self.layout)
 
-    def _planned(self) -> list[_Plan]:
+    def _planned(self) -> list[Plan]:
         """Return the plans for what the groups reach now, those of the last step where that is the same."""
-        reach = [[gradient is None for gradient in row] for row in self._rows]
-        if (reach, self._leads) != self._plan_key:
-            self._plan_key = (reach, self._leads)
-            kinds: dict[_Kind, list[int]] = {}
-            for i, (lead, block) in enumerate(zip(self._leads, self._blocks(), strict=True)):
-                if lead is not None:
-                    groups = tuple(k for k, absent in enumerate(reach) if not absent[i])
-                    kind = _Kind(block, groups, lead, self.layout.parameters[i].dtype, self.layout.parameters[i].device)
-                    kinds.setdefault(kind, []).append(i)
-            flat = set(self._flat)
-            self._plans = [
-                _Plan(kind, members, self.layout, flat, self._scratch_on(kind.device), self.num_groups)
-                for kind, members in kinds.items()
-            ]
-        return self._plans
+        if self._row_sparse_plans is None:
+            self._settle()
+            key = ([[gradient is None for gradient in row] for row in self._rows], self._leads, set(self._touched))
+            if key != self._plan_key:
+                self._plan_key = key
+                kinds: dict[Kind, list[int]] = {}
+                for i, block in enumerate(self._blocks()):
+                    if self._leads[i] is not None and i not in self._touched:
+                        kinds.setdefault(self._kind(i, block), []).append(i)
+                flat = set(self._flat)
+                self._plans = [
+                    DensePlan(kind, members, self.layout, flat, self._scratch_on(kind.device), self.num_groups)
+                    for kind, members in kinds.items()
+                ]
+            blocks = self._blocks() if self._touched else ()
+            self._row_sparse_plans = []
+            for i, touched in self._touched.items():
+                kind = self._kind(i, blocks[i])
+                scratch = self._scratch_on(kind.device)
+                self._row_sparse_plans.append(RowSparsePlan(kind, i, self._rows, touched, scratch, self.num_groups))
+        return [*self._plans, *self._row_sparse_plans]
+
+    def _settle(self) -> None:
+        """Make a parameter's gradients dense unless those of all groups are row-sparse."""
+        for i in self._matrices:
+            if self._leads[i] is None:
+                continue
+            others = [row[i] for k, row in enumerate(self._rows) if k != self._leads[i] and row[i] is not None]
+            if i not in self._touched or not all(isinstance(gradient, RowSparse) for gradient in others):
+                self._touched.pop(i, None)
+                for k in range(self.num_groups):
+                    self._make_dense(k, i)
+
+    def _kind(self, i: int, block: int) -> Kind:
+        parameter = self.layout.parameters[i]
+        groups = tuple(k for k, row in enumerate(self._rows) if row[i] is not None)
+        return Kind(block, groups, self._leads[i], parameter.dtype, parameter.device)
 
     def _scratch_on(self, device: torch.device) -> Tensor:
         if device not in self._scratch:
             self._scratch[device] = make_scratch(device, self.num_groups)
         return self._scratch[device]
-
-
-class _Kind(NamedTuple):
-    """What parameters share whose rows are multiplied and summed together."""
-
-    block: int
-    groups: tuple[int, ...]
-    lead: int
-    dtype: torch.dtype
-    device: torch.device
-
-
-class _Plan:
-    """How the rows of some parameters are multiplied and summed, for one pattern of what the groups reach."""
-
-    def __init__(
-        self, kind: _Kind, members: list[int], layout: Layout, flat: set[int], scratch: Tensor, num_groups: int
-    ) -> None:
-        self.block = kind.block
-        self.members = members
-        self.scratch = scratch
-        self._kind = kind
-        self._layout = layout
-        self._flat = [i in flat for i in members]
-        shapes = [
-            (layout.sizes[i],) if is_flat else layout.parameters[i].shape
-            for i, is_flat in zip(members, self._flat, strict=True)
-        ]
-        self._gramian = GramianPlan(shapes, len(kind.groups), scratch)
-        self._combine = CombinePlan(shapes, kind.device)
-        places = [num_groups * i + j for i in kind.groups for j in kind.groups]
-        self._places = None if len(kind.groups) == num_groups else torch.tensor(places, device=kind.device)
-
-    def add_gramian(self, G: Tensor, rows: Sequence[Row]) -> None:
-        """Add the Gramian of these parameters to G (K, K)."""
-        part = self._gramian([self._parts(rows[k]) for k in self._kind.groups])
-        if self._places is None:
-            G += part.to(G.device)
-        else:
-            G.view(-1).index_add_(0, self._places.to(G.device), part.view(-1).to(G.device))
-
-    def combine(self, rows: Sequence[Row], weights: Sequence[Tensor], support: Sequence[int]) -> None:
-        """Form the weighted sum of the rows of ``support`` in place of the lead's."""
-        present = [k for k in self._kind.groups if k in support]
-        parts = {k: self._parts(rows[k]) for k in {*present, self._kind.lead}}
-        self._combine(parts[self._kind.lead], [parts[k] for k in present], [weights[k] for k in present])
-
-    def _parts(self, row: Row) -> list[Tensor]:
-        return [
-            self._layout.flat(i, row[i]) if is_flat else row[i]
-            for i, is_flat in zip(self.members, self._flat, strict=True)
-        ]

@@ -15,6 +15,7 @@ from torch import Tensor
 from gradalign.collectors.base import Collector, Loss, Owner, Row, large
 from gradalign.collectors.combine import CombinePlan
 from gradalign.collectors.parameters import MOST_WHOLE, OUTSIDE, Layout
+from gradalign.collectors.row_sparse import RowSparse, can_be_row_sparse, touched_rows, union
 from gradalign.gramian import GramianPlan, accumulation_dtype, make_scratch
 
 # Elements of gradients that wait before they are reduced. On a CPU none: they are in the caches now; on an accelerator
@@ -33,6 +34,8 @@ class StreamedCollector(Collector):
     held: what ``loss.backward()`` holds. Parameters outside the scope add up their groups' gradients with the plain
     weights at once. It serves steps of one micro-batch: for more, the auxiliaries' sums would be needed.
 
+    Of a matrix most of whose rows are zero, as an embedding's gradient is, a CPU takes the others alone.
+
     Args:
         layout: The parameters and their blocks.
         num_groups: K.
@@ -50,6 +53,11 @@ class StreamedCollector(Collector):
         self._anchor = anchor
         self._plain = tuple(plain)
         self._hooked = large(layout.sizes)
+        self._matrices = [
+            i
+            for i, (parameter, block) in enumerate(zip(layout.parameters, layout.blocks, strict=True))
+            if block != OUTSIDE and can_be_row_sparse(parameter)
+        ]
         self._device = layout.parameters[0].device
         self._scratch: dict[torch.device, Tensor] = {}
         self._plans: dict[tuple[object, ...], GramianPlan] = {}
@@ -67,6 +75,7 @@ class StreamedCollector(Collector):
         self._lead: Row = [None] * T  # the anchor's; outside the scope, the weighted sum so far
         self._alone: dict[int, dict[int, Tensor]] = {}  # gradients of parameters that the anchor does not reach
         self._reach = [[False] * T for _ in range(K)]
+        self._touched: dict[int, RowSparse] = {}  # what the anchor's row-sparse gradients hold
         self._counted: set[int] = set()  # parameters whose part of G_aa is in the Gramian
         self._owner = Owner(self.layout)
         self._G = torch.zeros(
@@ -96,6 +105,9 @@ class StreamedCollector(Collector):
         reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
         self._owner.own(gradients, reached)
         self._lead = gradients
+        for i in self._matrices:
+            if gradients[i] is not None and (index := touched_rows(gradients[i])) is not None:
+                self._touched[i] = RowSparse(index, gradients[i].index_select(0, index))
         outside = [i for i in reached if self.layout.blocks[i] == OUTSIDE]
         if outside:
             self._count(outside)
@@ -112,24 +124,35 @@ class StreamedCollector(Collector):
                 self._add_outside(k, i, gradients[n])
             elif lead is None and self._shared_only:
                 self._alone.setdefault(i, {})[k] = gradients[n]
+            elif i in self._touched and (index := touched_rows(gradients[n])) is not None:
+                mine = RowSparse(index, gradients[n].index_select(0, index))
+                self._enter(k, block, [i], self._row_sparse_gramian([mine, self._touched[i]]))
             else:
                 first = lead is not None and i not in self._counted
                 kinds.setdefault((block, lead is not None, first, device), []).append(n)
-        a = self._anchor
-        for (block, beside_lead, first, device), numbers in kinds.items():
+        for (block, beside_lead, _, device), numbers in kinds.items():
             chosen = [members[n] for n in numbers]
             rows = [self._parts(chosen, [gradients[n] for n in numbers])]
             if beside_lead:
                 rows.append(self._parts(chosen, [self._lead[i] for i in chosen]))
-            M = self._gramian(chosen, rows, device).to(self._device)
-            G = self._G[block]
-            G[k, k] += M[0, 0]
-            if beside_lead:
-                G[k, a] += M[0, 1]
-                G[a, k] += M[0, 1]
-            if first:
+            self._enter(k, block, chosen, self._gramian(chosen, rows, device).to(self._device))
+
+    def _enter(self, k: int, block: int, members: Sequence[int], M: Tensor) -> None:
+        """Add to a block's G what auxiliary k's gradients of some parameters give, alone or beside the anchor's."""
+        a, G = self._anchor, self._G[block]
+        G[k, k] += M[0, 0]
+        if len(M) > 1:
+            G[k, a] += M[0, 1]
+            G[a, k] += M[0, 1]
+            if members[0] not in self._counted:
                 G[a, a] += M[1, 1]
-                self._counted.update(chosen)
+                self._counted.update(members)
+
+    def _row_sparse_gramian(self, rows: Sequence[RowSparse]) -> Tensor:
+        """Return the Gramian of two row-sparse gradients of one parameter."""
+        index = union([row.index for row in rows])
+        parts = [[row.on(index).view(-1)] for row in rows]
+        return GramianPlan([parts[0][0].shape], len(parts), self._scratch_on(index.device))(parts)
 
     def _add_outside(self, k: int, i: int, gradient: Tensor) -> None:
         if self._lead[i] is None:
@@ -154,10 +177,13 @@ class StreamedCollector(Collector):
         if key not in self._plans:
             if len(self._plans) >= self._most_plans:  # what is reached keeps changing, as where layers are dropped
                 self._plans.clear()
-            if device not in self._scratch:
-                self._scratch[device] = make_scratch(device, 2)
-            self._plans[key] = GramianPlan([part.shape for part in rows[0]], len(rows), self._scratch[device])
+            self._plans[key] = GramianPlan([part.shape for part in rows[0]], len(rows), self._scratch_on(device))
         return self._plans[key](rows)
+
+    def _scratch_on(self, device: torch.device) -> Tensor:
+        if device not in self._scratch:
+            self._scratch[device] = make_scratch(device, 2)
+        return self._scratch[device]
 
     def _parts(self, members: Sequence[int], gradients: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -212,15 +238,25 @@ class StreamedCollector(Collector):
             elif count:
                 aligned[i] = torch.zeros_like(parameter, requires_grad=False)
         outside = weights.new_full((), plain[a])
-        for (block, _, device), members in kinds.items():
-            parts = self._parts(members, [self._lead[i] for i in members])
-            key = (tuple(members), device)
-            if key not in self._sums:
-                self._sums = {} if len(self._sums) >= self._most_plans else self._sums
-                self._sums[key] = CombinePlan([part.shape for part in parts], device)
-            self._sums[key](parts, [parts], [outside if block == OUTSIDE else weights[block, a]])
+        for (block, _, _), members in kinds.items():
+            self._scale(members, outside if block == OUTSIDE else weights[block, a])
         self._deposit(aligned)
         self.discard()
+
+    def _scale(self, members: Sequence[int], weight: Tensor) -> None:
+        """Multiply the anchor's gradients of some parameters, of one dtype and device; of row-sparse ones the rows."""
+        if dense := [i for i in members if i not in self._touched]:
+            parts = self._parts(dense, [self._lead[i] for i in dense])
+            key = tuple(dense)
+            if key not in self._sums:
+                self._sums = {} if len(self._sums) >= self._most_plans else self._sums
+                self._sums[key] = CombinePlan([part.shape for part in parts], parts[0].device)
+            self._sums[key](parts, [parts], [weight])
+        for i in members:
+            if touched := self._touched.get(i):
+                values = [touched.values.view(-1)]
+                CombinePlan([values[0].shape], values[0].device)(values, [values], [weight])
+                self._lead[i].index_copy_(0, touched.index, touched.values)
 
     def _of_auxiliaries(self, i: int, plain: Sequence[float]) -> Tensor:
         """Return the aligned gradient of a parameter that auxiliaries alone reach, where only shared ones count."""
