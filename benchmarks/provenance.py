@@ -14,13 +14,20 @@ from pathlib import Path
 
 import torch
 
+# What figures depend on: results and documents do not count.
+_MEASURED = ("gradalign", "benchmarks", ":(exclude)benchmarks/results")
 _CPU_INFORMATION = Path("/proc/cpuinfo")
 
 
 def commit() -> str:
-    """Return the commit that is measured, marked where the tree has changes."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """Return the commit that is measured, marked where the tree has changes, other than to earlier results."""
+    root = _said_by_git("rev-parse", "--show-toplevel")
+    changes = _said_by_git("-C", root, "status", "--porcelain", "--untracked-files=no", "--", *_MEASURED)
+    return (_said_by_git("describe", "--always") or "unknown") + ("-dirty" if changes else "")
+
+
+def _said_by_git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def machine() -> str:
