@@ -249,6 +249,7 @@ WAYS: dict[str, Callable[[Workload], Way]] = {
     "stacked PCGrad": lambda workload: Aligned(workload, rules.PCGrad(), "stacked"),
     "stacked UPGrad": lambda workload: Aligned(workload, rules.UPGrad(), "stacked"),
     "stacked PCGrad, every 4th": lambda workload: Aligned(workload, rules.PCGrad(), "stacked", update_every=4),
+    "batched PCGrad": lambda workload: Aligned(workload, rules.PCGrad(), "batched"),
     "streamed GASoft": lambda workload: Aligned(workload, rules.GASoft(0.3), "streamed"),
     "probed GASoft": lambda workload: Probed(workload, rules.GASoft(0.3), "probed"),
     "torchjd PCGrad": lambda workload: TorchJD(workload, "PCGrad"),

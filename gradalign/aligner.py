@@ -58,7 +58,8 @@ class GradientAligner(WrappedOptimizer):
             parameters. One outside the scope gets its groups' gradients with the rule's plain weights.
         granularity: What shares one Gramian: "global"; "param_group"; "tensor"; or a list of lists of parameters,
             say one for each layer, where parameters that no list holds share one more block.
-        collector: "stacked" keeps a row for each group. "streamed" keeps the anchor's alone and sees of the others
+        collector: "stacked" keeps a row for each group. "batched" too, and takes all backwards in one, by vmap, for
+            networks of many small operations. "streamed" keeps the anchor's alone and sees of the others
             their products with it, for rules that only rescale their anchor: no more memory than joint training.
             "probed" sees them without a backward of theirs, through the ``probe`` of ``backward``. "auto" is "probed"
             where a probe is given, else "streamed" where the rule allows it, else "stacked".
@@ -94,7 +95,7 @@ class GradientAligner(WrappedOptimizer):
         *,
         scope: Scope = "all",
         granularity: Granularity = "global",
-        collector: Literal["auto", "stacked", "streamed", "probed"] = "auto",
+        collector: Literal["auto", "stacked", "batched", "streamed", "probed"] = "auto",
         update_every: int = 1,
         nonfinite: Literal["raise", "skip", "propagate"] = "raise",
         process_group: torch.distributed.ProcessGroup | Literal["auto"] | None = "auto",

@@ -63,7 +63,12 @@ def check_choice(argument: str, value: object, known: tuple[str, ...]) -> None:
 
 def check_collector(collector: object, rule: BaseRule, scope: object, granularity: object) -> None:
     """Raise unless this names a collector that can serve the rule, the scope and the granularity."""
-    check_choice("collector", collector, ("auto", "stacked", "streamed", "probed"))
+    check_choice("collector", collector, ("auto", "stacked", "batched", "streamed", "probed"))
+    if collector == "batched" and scope == "shared":
+        raise ValueError(
+            "`collector` must be 'stacked' or 'auto' with scope='shared', got 'batched'; that one does not tell which"
+            " groups reach a parameter. Or list the shared parameters in `scope`."
+        )
     if collector in ("streamed", "probed") and not rescales_anchor(rule):
         raise ValueError(
             f"`collector` must be 'stacked' or 'auto' with {rule!r}, got {collector!r}; that one sees an auxiliary only"
@@ -95,7 +100,7 @@ def check_probe(probe: object, collector: str, rule: BaseRule, scope: object, gr
             f"`probe` must be a function without arguments that returns losses, got {type(probe).__name__};"
             ' write probe=lambda: {"kd": ...}.'
         )
-    if collector in ("stacked", "streamed"):
+    if collector in ("stacked", "batched", "streamed"):
         raise ValueError(
             f"`probe` must be None with collector={collector!r}, got a function; make the aligner with"
             " collector='probed' or 'auto', or pass the losses."

@@ -22,8 +22,8 @@ class AlignmentReport:
         weights: (K,) or (blocks, K), dimensionless; NaN where the step was skipped; None where the rule is no function
             of the Gramian and the aligned gradient no weighted sum.
         skipped: The step is left out, for a loss group was not finite (``nonfinite="skip"``).
-        collector: "stacked", "streamed" or "probed", which saw the gradients. The last two do not see all products:
-            those of two auxiliaries, and in "probed" their squares, are NaN in ``gramian`` and what follows from it.
+        collector: "stacked", "batched", "streamed" or "probed", which saw the gradients. The last two do not see all
+            products: those of two auxiliaries, and in "probed" their squares, are NaN in ``gramian`` and what follows.
         derivative: How "probed" saw the auxiliaries: "forward-mode" or "central-differences"; None for the others.
     """
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradalign.arguments import check_anchor, check_parameters, rescales_anchor
 from gradalign.collectors.base import Collector, Loss
+from gradalign.collectors.batched import BatchedCollector
 from gradalign.collectors.losses import Terms
 from gradalign.collectors.parameters import Layout
 from gradalign.collectors.pool import CollectorPool
@@ -113,6 +114,8 @@ class Steps:
                 lambda: StreamedCollector(layout, K, anchor=anchor, plain=plain, shared_only=shared_only),
             )
             return Step(streamed, names, losses)
+        if self._kind == "batched":
+            return Step(self.pool.get(("batched", K), lambda: BatchedCollector(layout, K)), names, losses)
         stacked = self.pool.get(("stacked", K), lambda: StackedCollector(layout, K, shared_only=shared_only))
         return Step(stacked, names, losses)
 
@@ -171,7 +174,7 @@ class Steps:
             return "probed"
         if rescales_anchor(self._rule) and self._choice in ("auto", "streamed") and not accumulating:
             return "streamed"
-        return "stacked"
+        return "batched" if self._choice == "batched" else "stacked"
 
     def _support(self, names: Sequence[str]) -> tuple[int, ...]:
         return self._rule.support(names) if isinstance(self._rule, Rule) else tuple(range(len(names)))

@@ -162,17 +162,7 @@ class Collector(ABC):
         finally:
             for handle in handles:
                 handle.remove()
-        reached = False
-        for gradient in gradients:
-            if gradient is not None:
-                reached = True
-                if gradient.layout != torch.strided:
-                    raise _not_dense(name, gradient)
-        if not reached:
-            raise ValueError(
-                f"`losses[{name!r}]` must reach a parameter of the optimizer that requires a gradient, got a loss"
-                " that reaches none; check that it is computed from this model, or leave the group out."
-            )
+        check_gradients(name, gradients)
         return list(gradients)
 
     @abstractmethod
@@ -199,6 +189,18 @@ class Collector(ABC):
             if hooks := getattr(parameter, "_post_accumulate_grad_hooks", None):
                 for hook in hooks.values():
                     hook(parameter)
+
+
+def check_gradients(name: str, gradients: Sequence[Tensor | None]) -> None:
+    """Raise ValueError unless a group reaches a parameter, and its gradients are dense."""
+    for gradient in gradients:
+        if gradient is not None and gradient.layout != torch.strided:
+            raise _not_dense(name, gradient)
+    if all(gradient is None for gradient in gradients):
+        raise ValueError(
+            f"`losses[{name!r}]` must reach a parameter of the optimizer that requires a gradient, got a loss"
+            " that reaches none; check that it is computed from this model, or leave the group out."
+        )
 
 
 def large(sizes: Sequence[int]) -> list[int]:

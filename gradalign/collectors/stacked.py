@@ -66,17 +66,25 @@ class StackedCollector(Collector):
         self._owner = Owner(layout)
 
     def _collect(self, losses: Sequence[Loss]) -> None:
-        nothing: Row = [None] * len(self.layout.parameters)
-        self._row_sparse_plans = None
-        if not self.pending:
-            self._rows = [list(nothing) for _ in losses]
-            self._leads = [None] * len(nothing)
         for k, loss in enumerate(losses):
-            taken: list[int] = []
-            gradients = self._differentiate(
-                loss, retain_graph=k + 1 < len(losses), take=self._taker(k, taken), hooked=self._hooked
-            )
-            self._store(k, gradients, set(taken))
+            self.add(k, loss, retain_graph=k + 1 < len(losses))
+
+    def add(self, k: int, loss: Loss, *, retain_graph: bool) -> None:
+        """Differentiate group k, and add its gradient to that of earlier micro-batches."""
+        self._begin()
+        taken: list[int] = []
+        gradients = self._differentiate(
+            loss, retain_graph=retain_graph, take=self._taker(k, taken), hooked=self._hooked
+        )
+        self._store(k, gradients, set(taken))
+
+    def _begin(self) -> None:
+        """Make rows without gradients, unless there are some."""
+        self._row_sparse_plans = None
+        if not self._rows:
+            T = len(self.layout.parameters)
+            self._rows = [[None] * T for _ in range(self.num_groups)]
+            self._leads = [None] * T
 
     def _taker(self, k: int, taken: list[int]) -> Callable[[int, Tensor], bool]:
         """Return what moves a gradient of group k, fresh from backward, into its row."""

@@ -1,0 +1,125 @@
+"""The batched collector against the stacked one, which differentiates one group after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from gradalign import GradientAligner
+from gradalign.rules import Constant
+from tests import models
+
+
+def make(kind, rule, collector, **options):
+    model = models.make(kind)
+    return model, GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), rule, collector=collector, **options)
+
+
+def assert_same_step(one, two, **tolerances):
+    (model, optimizer), (other, reference) = one, two
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            assert_close(p.grad, q.grad, msg=lambda text, name=name: f"{name}: {text}", **tolerances)
+            assert p.grad.stride() == q.grad.stride()
+    assert_close(optimizer.report.gramian, reference.report.gramian, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", [models.TwoHeads, models.Convolutional, models.MixedPrecision])
+@pytest.mark.parametrize("rule", ["sum", "pcgrad", "upgrad", "ga-soft", "graddrop"])
+@pytest.mark.parametrize("granularity", ["global", "tensor"])
+def test_it_gives_what_the_stacked_collector_gives(kind, rule, granularity):
+    steps = []
+    for collector in ("batched", "stacked"):
+        model, optimizer = make(kind, rule, collector, granularity=granularity)
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.backward(model.losses())
+        assert optimizer.report.collector == collector
+        steps.append((model, optimizer))
+    coarse = {"rtol": 2e-2, "atol": 1e-3} if kind is models.MixedPrecision else {"rtol": 1e-4, "atol": 1e-6}
+    assert_same_step(*steps, **coarse)
+
+
+@pytest.mark.parametrize("options", [{}, {"update_every": 2}], ids=str)
+def test_micro_batches_and_gradients_that_are_there(options):
+    steps = []
+    for collector in ("batched", "stacked"):
+        model, optimizer = make(models.TwoHeads, Constant([2.0, -0.5]), collector, **options)
+        for _ in range(2):
+            for _ in range(2):
+                with optimizer.accumulate():
+                    optimizer.backward(model.losses())
+            optimizer.backward(model.losses())
+        steps.append((model, optimizer))
+    assert_same_step(*steps)
+
+
+def test_groups_of_several_losses_and_of_one_element():
+    steps = []
+    for collector in ("batched", "stacked"):
+        model, optimizer = make(models.TwoHeads, "pcgrad", collector)
+        first, second = model.losses().values()
+        optimizer.backward({"both": [first, second.reshape(1)], "second": second.double(), "first": first})
+        steps.append((model, optimizer))
+    assert_same_step(*steps)
+
+
+def test_one_group():
+    steps = [make(models.TwoHeads, "sum", collector) for collector in ("batched", "stacked")]
+    for model, optimizer in steps:
+        optimizer.backward({"first": model.losses()["first"]})
+    assert_same_step(*steps)
+
+
+def test_gradients_of_other_groups_are_not_kept_alive():
+    model, optimizer = make(models.TwoHeads, "pcgrad", "batched")
+    optimizer.backward(model.losses())
+    weight = model.trunk.weight
+    assert weight.grad.untyped_storage().nbytes() == weight.nbytes
+
+
+def test_gradients_of_earlier_steps_never_change():
+    model, optimizer = make(models.TwoHeads, "pcgrad", "batched")
+    kept = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.backward(model.losses())
+        kept.append((model.trunk.weight.grad, model.trunk.weight.grad.clone()))
+        optimizer.step()
+    assert all(torch.equal(gradient, as_it_was) for gradient, as_it_was in kept)
+
+
+class Unbatched(torch.autograd.Function):
+    """The identity, whose backward vmap cannot take: it asks for a value."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * bool(gradient.isfinite().all())
+
+
+def test_an_operator_that_vmap_cannot_take_is_refused():
+    model, optimizer = make(models.TwoHeads, "pcgrad", "batched")
+    losses = {name: Unbatched.apply(loss) for name, loss in model.losses().items()}
+    with pytest.raises(RuntimeError, match=r"collector='batched' every operator .* take collector='stacked'"):
+        optimizer.backward(losses)
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.backward(model.losses())  # it goes on
+
+
+def test_losses_that_reach_nothing_are_refused():
+    _, optimizer = make(models.TwoHeads, "pcgrad", "batched")
+    other = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="must reach a parameter"):
+        optimizer.backward({"a": other.sum(), "b": other.square().sum()})
+
+
+def test_it_cannot_tell_which_parameters_are_shared():
+    with pytest.raises(ValueError, match=r"`collector` must be 'stacked' or 'auto' with scope='shared', got 'batched'"):
+        make(models.TwoHeads, "pcgrad", "batched", scope="shared")
