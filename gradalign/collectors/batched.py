@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from gradalign.collectors.base import Loss, check_gradients
+from gradalign.collectors.base import Loss, Row, check_gradients
 from gradalign.collectors.stacked import StackedCollector
 
 
@@ -34,7 +33,7 @@ class BatchedCollector(StackedCollector):
         for k, gradients in enumerate(self._all_at_once(losses)):
             self._store(k, gradients, set())
 
-    def _all_at_once(self, losses: Sequence[Loss]) -> list[list[Tensor | None]]:
+    def _all_at_once(self, losses: Sequence[Loss]) -> list[Row]:
         """Return the K rows of gradients."""
         parameters, K = self.layout.parameters, len(losses)
         terms = [term for _, group, _ in losses for term in group]
