@@ -24,12 +24,15 @@ from gradalign.collectors.base import Collector
 from gradalign.collectors.losses import Losses, broken_groups, check_losses
 from gradalign.collectors.parameters import Granularity, Scope, check_granularity, check_scope
 from gradalign.collectors.probed import Probe
+from gradalign.collectors.ranked import RankedStackedCollector
 from gradalign.collectors.stacked import StackedCollector
-from gradalign.errors import GradAlignError, NonFiniteError
+from gradalign.distributed import ranks_of
+from gradalign.errors import GradAlignError, not_finite
 from gradalign.kept import Weighted
+from gradalign.loss_scaling import check_scaler, scale_of
 from gradalign.report import AlignmentReport
 from gradalign.rules import RowRule, Rule
-from gradalign.steps import Step, Steps
+from gradalign.steps import Conditions, Step, Steps
 from gradalign.wrapper import WrappedOptimizer, step_unless
 
 
@@ -67,7 +70,9 @@ class GradientAligner(WrappedOptimizer):
             or, with blocks or a scope, one of each group that has a weight.
         nonfinite: What a group's NaN or infinity does: "raise" an error that names the group; "skip" the next step
             and count it in ``skipped_steps``; "propagate" it to ``p.grad`` without waiting for the device.
-        process_group: With ``torch.distributed`` running, the ranks to average over; None for this rank alone.
+        process_group: With ``torch.distributed`` running, the ranks whose gradients are averaged: "auto" for all, a
+            process group, or None for this rank alone. Wrapped in ``DistributedDataParallel`` or not, a model needs
+            no other reduction; every rank has to pass the same loss groups.
 
     Attributes:
         report: The AlignmentReport of the last alignment, None before the first.
@@ -129,7 +134,9 @@ class GradientAligner(WrappedOptimizer):
         """The rule."""
         return self._rule
 
-    def backward(self, losses: Losses, *, probe: Probe | None = None, scaler: object = None) -> None:
+    def backward(
+        self, losses: Losses, *, probe: Probe | None = None, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         """Add the aligned gradient of the losses to ``p.grad``.
 
         Args:
@@ -139,29 +146,32 @@ class GradientAligner(WrappedOptimizer):
                 compute the same each time and write into no parameter; the global random generators are set back,
                 buffers spared. How much of the batch it sees is its own choice, made before; a part stands for the
                 whole.
-            scaler: None.
+            scaler: The ``torch.amp.GradScaler`` of float16 training, enabled or not. The losses are multiplied by its
+                scale and so is what is added to ``p.grad``, but rule and report see the gradients without it. Then,
+                as ever, ``scaler.unscale_(optimizer)`` where gradients are clipped, ``scaler.step(optimizer)`` and
+                ``scaler.update()``. What is not finite counts as an overflow, whatever ``nonfinite`` says: it
+                reaches ``p.grad``, and the scaler leaves the step out and lowers its scale.
 
         Raises:
-            TypeError: ``losses`` is no mapping of names to tensors, or ``probe`` no function that returns one.
+            TypeError: ``losses`` is no mapping of names to tensors, ``probe`` no function that returns one, or
+                ``scaler`` no GradScaler.
             ValueError: A loss is not scalar, has no graph or reaches no parameter; the rule cannot take these
                 groups; the groups changed under a rule that remembers them; or the collector, the rule, the scope or
                 the granularity does not go with a probe.
-            NonFiniteError: A group's gradient holds NaN or infinity, with ``nonfinite="raise"``.
-            NotImplementedError: ``scaler`` is given.
+            NonFiniteError: A group's gradient holds NaN or infinity, with ``nonfinite="raise"`` and no ``scaler``.
         """
-        if scaler is not None:
-            raise NotImplementedError(
-                "`scaler` must be None: losses are not unscaled here yet; pass scaler.scale(loss) for each loss, and"
-                ' nonfinite="propagate" to the aligner.'
-            )
+        check_scaler(scaler)
         check_process_group(self._process_group)
         check_probe(probe, self._choice, self._rule, self._scope, self._granularity)
         groups = check_losses(losses)
-        step = self._steps.begin(self.param_groups, groups, probe, self._groups, accumulating=self._accumulating)
+        conditions = Conditions(
+            self._groups, scale_of(scaler, groups), ranks_of(self._process_group), last=not self._accumulating
+        )
+        step = self._steps.begin(self.param_groups, groups, probe, conditions)
         collector = step.collector
         if self._skip_step and all(p.grad is None for p in collector.layout.parameters):
             self._skip_step = False  # whoever reset p.grad, say model.zero_grad(), began a new step
-        collector.collect(step.losses)
+        step.collect()
         if not self._accumulating:
             try:
                 self._align(step)
@@ -276,7 +286,7 @@ class GradientAligner(WrappedOptimizer):
     def _align(self, step: Step) -> None:
         collector = step.collector
         collector.check_targets()
-        names = self._steps.finish(step, self._groups)
+        names = self._steps.finish(step)
         if step.weighted is not None:
             self._write_kept(step, step.weighted)
             return
@@ -300,15 +310,11 @@ class GradientAligner(WrappedOptimizer):
         self, collector: Collector, names: Sequence[tuple[str, ...]], gramians: Tensor, outside: Tensor
     ) -> list[str]:
         """Return the groups with a gradient that is not finite, for which the step is left out; or raise."""
-        if self._nonfinite == "propagate":
+        if self._propagates(collector):
             return []
         broken = [name for group in broken_groups(names, collector.squares(gramians, outside)) for name in group]
         if broken and self._nonfinite == "raise":
-            raise NonFiniteError(
-                f"The gradient of loss group {' and '.join(map(repr, broken))} must be finite, got NaN or infinity;"
-                ' look at that loss, or pass nonfinite="skip" to leave such steps out, "propagate" under a GradScaler.',
-                tuple(broken),
-            )
+            raise not_finite(broken)
         if broken:
             self._skip_step = True
             self.skipped_steps += 1
@@ -316,19 +322,25 @@ class GradientAligner(WrappedOptimizer):
 
     def _write_kept(self, step: Step, weighted: Weighted) -> None:
         """Add to ``p.grad`` what the weights of an earlier step make of the gradients."""
-        if self._nonfinite != "propagate" and self._broken(step.collector, weighted.names, *step.collector.gramians()):
+        collector = step.collector
+        if not self._propagates(collector) and self._broken(collector, weighted.names, *collector.gramians()):
             return
-        step.collector.write(weighted.weights, weighted.support, weighted.plain)
-        self._steps.kept.fill(step.collector.layout.parameters)
+        collector.write(weighted.weights, weighted.support, weighted.plain)
+        self._steps.kept.fill(collector.layout.parameters)
         self._steps.kept.spend()
 
     def _write(self, collector: Collector, gramians: Tensor, names: tuple[str, ...]) -> Tensor | None:
         """Add the aligned gradient to ``p.grad``; return the weights, or None where the rule has none."""
         rule, plain, previous = self._rule, self._rule.plain_weights(names), self._rule.state_dict()
-        finite = self._finite
+
+        def finite(what: str, made: Tensor) -> Tensor:
+            if not self._propagates(collector) and not bool(made.isfinite().all()):
+                raise GradAlignError(f"The {what} of {rule!r} must be finite, got {made} from finite gradients.")
+            return made
+
         try:
             if isinstance(rule, RowRule):
-                assert isinstance(collector, StackedCollector)
+                assert isinstance(collector, StackedCollector | RankedStackedCollector)
                 collector.write_rows(lambda b, rows: finite("aligned gradient", rule(rows, names, block=b)), plain)
                 return None
             weights = finite("weights", rule(gramians, names))
@@ -338,8 +350,6 @@ class GradientAligner(WrappedOptimizer):
         collector.write(weights, rule.support(names), plain)
         return weights
 
-    def _finite(self, what: str, made: Tensor) -> Tensor:
-        """Return what the rule made, or raise where that is not finite."""
-        if self._nonfinite != "propagate" and not bool(made.isfinite().all()):
-            raise GradAlignError(f"The {what} of {self._rule!r} must be finite, got {made} from finite gradients.")
-        return made
+    def _propagates(self, collector: Collector) -> bool:
+        """Return whether what is not finite goes on into ``p.grad``, for the user or a GradScaler to see."""
+        return self._nonfinite == "propagate" or collector.scale is not None

@@ -113,6 +113,22 @@ def check_probe(probe: object, collector: str, rule: BaseRule, scope: object, gr
     check_whole(scope, granularity, "with a `probe`")
 
 
+def check_sharded(rule: BaseRule, collector: str, probe: object) -> None:
+    """Raise ValueError where this asks for more of DTensors than each rank's part of every group's gradient."""
+    if not isinstance(rule, Rule):
+        raise ValueError(
+            f"`rule` must be a function of the Gramian where parameters are DTensors, got {rule!r}, which needs whole"
+            " gradients, and no rank holds them; take another rule, or DistributedDataParallel."
+        )
+    if collector not in ("auto", "stacked"):
+        raise ValueError(
+            f"`collector` must be 'stacked' or 'auto' where parameters are DTensors, got {collector!r}; only"
+            " loss.backward(), one for each group, makes their gradients."
+        )
+    if probe is not None:
+        raise ValueError("`probe` must be None where parameters are DTensors, got a function; pass all losses.")
+
+
 def rescales_anchor(rule: BaseRule) -> bool:
     """Return whether the rule's weights are zero but for the anchor's, and need the anchor's row of G alone."""
     return isinstance(rule, Rule) and rule.rescales_anchor
@@ -141,15 +157,16 @@ def check_update_every(update_every: object, rule: BaseRule) -> None:
 
 
 def check_process_group(process_group: object) -> None:
-    """Raise unless gradients stay on this rank."""
+    """Raise unless this says over which ranks gradients are averaged."""
+    if process_group is None or process_group == "auto":
+        return
     running = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if running and process_group is not None:
-        raise NotImplementedError(
-            "`process_group` must be None while torch.distributed runs: gradients are not averaged over ranks yet;"
-            " process_group=None aligns this rank alone."
+    if running and not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            "`process_group` must be 'auto', a torch.distributed.ProcessGroup or None, got"
+            f" {type(process_group).__name__}; leave it out to average over all ranks."
         )
-    known = process_group is None or process_group == "auto"
-    if not running and not known:
+    if not running:
         raise ValueError(
             "`process_group` must be 'auto' or None while torch.distributed does not run, got"
             f" {type(process_group).__name__}; call torch.distributed.init_process_group first."

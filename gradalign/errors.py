@@ -25,6 +25,15 @@ class NonFiniteError(GradAlignError):
         self.groups = groups
 
 
+def not_finite(groups: Sequence[str]) -> NonFiniteError:
+    """Return the error for loss groups with a gradient that is not finite."""
+    return NonFiniteError(
+        f"The gradient of loss group {' and '.join(map(repr, groups))} must be finite, got NaN or infinity; look at"
+        ' that loss, pass the `scaler` of float16 training, or nonfinite="skip" to leave such steps out.',
+        tuple(groups),
+    )
+
+
 class MissingExtraError(ImportError):
     """Raised when a feature needs a package that an extra of gradalign brings."""
 

@@ -8,17 +8,38 @@ from typing import Any
 
 from torch import Tensor
 
-from gradalign.arguments import check_anchor, check_parameters, rescales_anchor
+from gradalign.arguments import check_anchor, check_parameters, check_sharded, rescales_anchor
 from gradalign.collectors.base import Collector, Loss
 from gradalign.collectors.batched import BatchedCollector
 from gradalign.collectors.losses import Terms
 from gradalign.collectors.parameters import Layout
 from gradalign.collectors.pool import CollectorPool
 from gradalign.collectors.probed import Probe, ProbedCollector
+from gradalign.collectors.ranked import RankedStackedCollector, RankedStreamedCollector
+from gradalign.collectors.sharded import ShardedCollector
 from gradalign.collectors.stacked import StackedCollector
 from gradalign.collectors.streamed import StreamedCollector
+from gradalign.distributed import Ranks
 from gradalign.kept import KeptWeights, Weighted
 from gradalign.rules import RowRule, Rule
+from gradalign.sharding import any_sharded
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under what the losses are differentiated, beside what they are.
+
+    Attributes:
+        known: The names of the last alignment's groups.
+        scale: What a GradScaler multiplies the losses by; None for nothing.
+        ranks: The ranks to average over; None for this one alone.
+        last: No micro-batch follows.
+    """
+
+    known: tuple[str, ...] | None
+    scale: Tensor | None
+    ranks: Ranks | None
+    last: bool
 
 
 @dataclass(frozen=True)
@@ -29,13 +50,22 @@ class Step:
         collector: The collector.
         names: The groups' names; of a probed step the anchor's alone, for the others are known once it is evaluated.
         losses: What is differentiated.
+        conditions: Under which it is taken.
         weighted: The weights, where those of an earlier step are kept.
     """
 
     collector: Collector
     names: tuple[str, ...]
     losses: list[Loss]
+    conditions: Conditions
     weighted: Weighted | None = None
+
+    def collect(self) -> None:
+        """Differentiate the losses."""
+        self.collector.collect(self.losses, self.conditions.scale, last=self.conditions.last)
+
+
+AnyStacked = StackedCollector | RankedStackedCollector
 
 
 class Steps:
@@ -67,6 +97,7 @@ class Steps:
         self._choice = collector
         self._kind = ""  # of the step at hand, with the names of its first micro-batch
         self._begun: tuple[str, ...] = ()
+        self._scaled = False
         self._layout: Layout | None = None
 
     def begin(
@@ -74,9 +105,7 @@ class Steps:
         param_groups: Sequence[Mapping[str, Any]],
         groups: dict[str, Terms],
         probe: Probe | None,
-        known: tuple[str, ...] | None,
-        *,
-        accumulating: bool,
+        conditions: Conditions,
     ) -> Step:
         """Return the step that these losses make, or raise ValueError where they do not fit.
 
@@ -84,56 +113,87 @@ class Steps:
             param_groups: The optimizer's.
             groups: The losses, checked.
             probe: The user's, checked.
-            known: The names of the last alignment's groups.
-            accumulating: More micro-batches follow.
+            conditions: Under which they are differentiated.
         """
         layout = self.pool.layout(param_groups)
         if layout is not self._layout:
             if self._layout is not None:
                 self.kept.forget()  # they are the weights of other parameters
             self._layout = layout
-        names = tuple(groups)
+        names, ranks, scaled = tuple(groups), conditions.ranks, conditions.scale is not None
+        sharded = any_sharded(layout.parameters)
+        if sharded:
+            check_sharded(self._rule, self._choice, probe)
         if self.pool.waiting:
-            self._check_micro_batch(names, probe)
+            self._check_micro_batch(names, probe, scaled=scaled)
         else:
-            self._kind = self._kind_of(names, probe, layout.num_blocks, accumulating)
-            self._begun = names
+            self._kind = self._kind_of(names, probe, layout.num_blocks, keep_rows=sharded or not conditions.last)
+            self._begun, self._scaled = names, scaled
+        if ranks is not None and conditions.last:
+            ranks.check_same_groups(names, self._kind, layout.parameters[0].device)
         if self._kind == "kept":
-            return self._with_kept_weights(layout, groups)
-        losses: list[Loss] = [(name, terms, None) for name, terms in groups.items()]
+            return self._with_kept_weights(layout, groups, conditions)
         if self._kind == "probed" and probe is not None:
-            probed = self.pool.get(("probed",), lambda: ProbedCollector(layout))
-            probed.add_probe(groups, probe)
-            return Step(probed, names, losses)
-        self._check_groups(names, known)
-        shared_only, K = self._shared_only, len(names)
-        if self._kind == "streamed":
-            (anchor,), plain = self._support(names), self._rule.plain_weights(names)
-            streamed = self.pool.get(
-                ("streamed", K, anchor, plain),
-                lambda: StreamedCollector(layout, K, anchor=anchor, plain=plain, shared_only=shared_only),
-            )
-            return Step(streamed, names, losses)
-        if self._kind == "batched":
-            return Step(self.pool.get(("batched", K), lambda: BatchedCollector(layout, K)), names, losses)
-        stacked = self.pool.get(("stacked", K), lambda: StackedCollector(layout, K, shared_only=shared_only))
-        return Step(stacked, names, losses)
+            collector: Collector = self._probed(layout, groups, probe, ranks)
+        else:
+            self._check_groups(names, conditions.known)
+            collector = self._exact(layout, names, ranks)
+        return Step(collector, names, [(name, terms, None) for name, terms in groups.items()], conditions)
 
-    def finish(self, step: Step, known: tuple[str, ...] | None) -> tuple[str, ...]:
+    def finish(self, step: Step) -> tuple[str, ...]:
         """Return the names of all groups of the step, those of a probe too, which is evaluated.
 
         Args:
             step: The step, its last micro-batch collected.
-            known: The names of the last alignment's groups.
         """
         if not isinstance(step.collector, ProbedCollector):
             return step.names
         names = (*step.names, *step.collector.evaluate(step.names[0]))
-        self._check_groups(names, known)
+        self._check_groups(names, step.conditions.known)
         check_anchor(self._rule, names)
         return names
 
-    def _with_kept_weights(self, layout: Layout, groups: dict[str, Terms]) -> Step:
+    def _probed(self, layout: Layout, groups: dict[str, Terms], probe: Probe, ranks: Ranks | None) -> ProbedCollector:
+        collector = self.pool.get(("probed", ranks), lambda: ProbedCollector(layout, ranks))
+        collector.add_probe(groups, probe)
+        return collector
+
+    def _exact(self, layout: Layout, names: tuple[str, ...], ranks: Ranks | None) -> Collector:
+        if self._kind == "streamed":
+            return self._streamed(layout, names, ranks)
+        if self._kind == "batched" and ranks is None:
+            return self.pool.get(("batched", len(names)), lambda: BatchedCollector(layout, len(names)))
+        return self._stacked("stacked", layout, len(names), ranks)
+
+    def _streamed(self, layout: Layout, names: tuple[str, ...], ranks: Ranks | None) -> StreamedCollector:
+        (anchor,), plain, K, shared = (
+            self._support(names),
+            self._rule.plain_weights(names),
+            len(names),
+            self._shared_only,
+        )
+
+        def make() -> StreamedCollector:
+            if ranks is None:
+                return StreamedCollector(layout, K, anchor=anchor, plain=plain, shared_only=shared)
+            return RankedStreamedCollector(layout, K, ranks, anchor=anchor, plain=plain, shared_only=shared)
+
+        return self.pool.get(
+            ("streamed", len(names), anchor, plain, ranks),
+            make,
+        )
+
+    def _stacked(self, key: str, layout: Layout, K: int, ranks: Ranks | None) -> AnyStacked:
+        def make() -> AnyStacked:
+            if any_sharded(layout.parameters):
+                return ShardedCollector(layout, K, shared_only=self._shared_only)
+            if ranks is None:
+                return StackedCollector(layout, K, shared_only=self._shared_only)
+            return RankedStackedCollector(layout, K, ranks, shared_only=self._shared_only)
+
+        return self.pool.get((key, K, ranks), make)
+
+    def _with_kept_weights(self, layout: Layout, groups: dict[str, Terms], conditions: Conditions) -> Step:
         names = self.kept.names
         weighted = self.kept.apply(
             groups,
@@ -142,11 +202,10 @@ class Steps:
             one_vector=self._everything and self._global,
             everything=self._everything,
         )
-        n = len(weighted.losses)
-        collector = self.pool.get(("kept", n), lambda: StackedCollector(layout, n, shared_only=self._shared_only))
-        return Step(collector, names, weighted.losses, weighted)
+        collector = self._stacked("kept", layout, len(weighted.losses), conditions.ranks)
+        return Step(collector, names, weighted.losses, conditions, weighted)
 
-    def _check_micro_batch(self, names: tuple[str, ...], probe: Probe | None) -> None:
+    def _check_micro_batch(self, names: tuple[str, ...], probe: Probe | None, *, scaled: bool) -> None:
         """Raise ValueError unless this micro-batch is like the first of its step."""
         if probe is not None and self._kind not in ("probed", "kept"):
             raise ValueError(
@@ -158,6 +217,12 @@ class Steps:
                 "`probe` must be given for every micro-batch or for none, got None after micro-batches with one; pass"
                 " it, or call zero_grad() and start the accumulation again."
             )
+        if scaled != self._scaled:
+            raise ValueError(
+                "`scaler` must be given for every micro-batch or for none, got"
+                f" {'one after micro-batches without' if scaled else 'None after micro-batches with one'}; pass it each"
+                " time, or call zero_grad() and start the accumulation again."
+            )
         if names != self._begun:
             raise _other_groups(self._begun, names, "while micro-batches wait")
 
@@ -167,12 +232,12 @@ class Steps:
         if self._rule.stateful and known is not None and names != known:
             raise _other_groups(known, names, f"under {self._rule!r}, which remembers them")
 
-    def _kind_of(self, names: tuple[str, ...], probe: Probe | None, num_blocks: int, accumulating: bool) -> str:
+    def _kind_of(self, names: tuple[str, ...], probe: Probe | None, num_blocks: int, *, keep_rows: bool) -> str:
         if self.kept.serve(names, num_blocks, anchor_alone=probe is not None):
             return "kept"
         if probe is not None:
             return "probed"
-        if rescales_anchor(self._rule) and self._choice in ("auto", "streamed") and not accumulating:
+        if rescales_anchor(self._rule) and self._choice in ("auto", "streamed") and not keep_rows:
             return "streamed"
         return "batched" if self._choice == "batched" else "stacked"
 

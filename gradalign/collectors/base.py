@@ -40,6 +40,8 @@ class Collector(ABC):
         name: What the user calls it.
         derivative: How auxiliaries were seen that were not differentiated; None where all were.
         pending: Micro-batches whose gradients wait.
+        scale: What the losses of this step are multiplied by, or None.
+        last: The micro-batch at hand is the last one of its step.
         spoiled: An error lost the gradients of earlier micro-batches; ``discard`` forgets it.
     """
 
@@ -49,15 +51,20 @@ class Collector(ABC):
         self.layout = layout
         self.num_groups = num_groups
         self.derivative: str | None = None
+        self.scale: Tensor | None = None
+        self.last = True
         self.pending = 0
         self.spoiled = False
         self._shared_only = shared_only
 
-    def collect(self, losses: Sequence[Loss]) -> None:
+    def collect(self, losses: Sequence[Loss], scale: Tensor | None = None, *, last: bool = True) -> None:
         """Differentiate each group's losses, and add the gradients to those of earlier micro-batches.
 
         Args:
             losses: K groups.
+            scale: What a GradScaler multiplies every loss by, 0-dimensional; None for nothing. Gradients are kept and
+                written scaled, for the scaler will divide ``p.grad``.
+            last: No micro-batch of this step follows.
 
         Raises:
             ValueError: A group reaches no parameter, or its gradient is sparse.
@@ -68,8 +75,9 @@ class Collector(ABC):
                 "The gradients of earlier micro-batches were lost to an error inside accumulate();"
                 " call zero_grad() and start the accumulation again."
             )
+        self.scale, self.last = scale, last
         try:
-            self._collect(losses)
+            self._collect(losses if scale is None else [_scaled(loss, scale) for loss in losses])
         except BaseException:
             waiting = self.pending
             self.discard()
@@ -81,12 +89,21 @@ class Collector(ABC):
     def _collect(self, losses: Sequence[Loss]) -> None:
         """Do what ``collect`` promises, without care for errors."""
 
-    @abstractmethod
     def gramians(self) -> tuple[Tensor, Tensor]:
         """Return the Gramians of the blocks, (B, K, K), and that of the parameters outside the scope, (K, K).
 
-        An entry that this collector does not see is 0; ``seen`` tells which those are.
+        They are those of the losses as the user has them, without a scale. An entry that this collector does not see
+        is 0; ``seen`` tells which those are.
         """
+        blocks, outside = self._gramians()
+        if self.scale is not None:
+            inverse = self.scale.to(blocks).reciprocal()
+            blocks, outside = blocks * inverse * inverse, outside * inverse * inverse
+        return blocks, outside
+
+    @abstractmethod
+    def _gramians(self) -> tuple[Tensor, Tensor]:
+        """Return the Gramians of what is kept."""
 
     @abstractmethod
     def write(self, weights: Tensor, support: Sequence[int], plain: Sequence[float]) -> None:
@@ -184,11 +201,13 @@ class Collector(ABC):
         for parameter, gradient in targets:
             if parameter.grad is None:  # no view: such a one could not be detached in place later
                 parameter.grad = gradient.detach()
-        for parameter, _ in targets:
-            # What register_post_accumulate_grad_hook holds: autograd.grad does not run them, loss.backward() would.
-            if hooks := getattr(parameter, "_post_accumulate_grad_hooks", None):
-                for hook in hooks.values():
-                    hook(parameter)
+        self._run_hooks([parameter for parameter, _ in targets])
+
+    def _run_hooks(self, parameters: Sequence[Tensor]) -> None:
+        """Run what register_post_accumulate_grad_hook holds: autograd.grad does not, loss.backward() would."""
+        for parameter in parameters:
+            for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+                hook(parameter)
 
 
 def check_gradients(name: str, gradients: Sequence[Tensor | None]) -> None:
@@ -201,6 +220,13 @@ def check_gradients(name: str, gradients: Sequence[Tensor | None]) -> None:
             f"`losses[{name!r}]` must reach a parameter of the optimizer that requires a gradient, got a loss"
             " that reaches none; check that it is computed from this model, or leave the group out."
         )
+
+
+def _scaled(loss: Loss, scale: Tensor) -> Loss:
+    """Return a group of which each loss counts as multiplied by the scale."""
+    name, terms, factors = loss
+    ones = tuple(torch.ones_like(term) for term in terms) if factors is None else factors
+    return name, terms, tuple(factor * scale.to(factor) for factor in ones)
 
 
 def large(sizes: Sequence[int]) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradalign.errors import unknown_name
+from gradalign.sharding import local
 
 MOST_WHOLE = 2**13
 """Gradients of more elements are taken as they lie in memory, so that they can be cut; the others keep their shape."""
@@ -30,15 +31,20 @@ class Layout:
         parameters: The parameters.
         blocks: A block's number for each parameter, or OUTSIDE.
         num_blocks: How many blocks there are.
+        copies: For each parameter, how many ranks hold each of its elements, of those whose Gramians are added up.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], blocks: Sequence[int], num_blocks: int) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], blocks: Sequence[int], num_blocks: int, copies: Sequence[int] | None = None
+    ) -> None:
         self.parameters = tuple(parameters)
+        self.copies = (1,) * len(self.parameters) if copies is None else tuple(copies)
         self.blocks = tuple(blocks)
         self.num_blocks = num_blocks
         # A parameter's own strides where it is dense: what loss.backward() makes, and what fused steps want.
-        self.strides = tuple(torch.empty_like(p, device="meta").stride() for p in self.parameters)
-        self.sizes = tuple(p.numel() for p in self.parameters)
+        parts = [local(p) for p in self.parameters]
+        self.strides = tuple(torch.empty_like(part, device="meta").stride() for part in parts)
+        self.sizes = tuple(part.numel() for part in parts)
 
     def is_laid_out(self, i: int, gradient: Tensor) -> bool:
         """Return whether a dense gradient of parameter i has the layout's strides."""

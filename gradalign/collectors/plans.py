@@ -29,6 +29,7 @@ class Kind(NamedTuple):
     lead: int
     dtype: torch.dtype
     device: torch.device
+    copies: int
 
 
 class Plan:
@@ -56,6 +57,8 @@ class Plan:
     def add_gramian(self, G: Tensor, rows: Sequence[Row]) -> None:
         """Add the Gramian of these parameters to G (K, K)."""
         part = self._gramian([self.parts(rows, k) for k in self.kind.groups])
+        if self.kind.copies > 1:
+            part /= self.kind.copies
         if self._places is None:
             G += part.to(G.device)
         else:

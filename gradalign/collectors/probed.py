@@ -16,6 +16,7 @@ from gradalign.collectors.directional import DirectionalDerivatives
 from gradalign.collectors.losses import Losses, Terms, check_losses
 from gradalign.collectors.parameters import Layout
 from gradalign.collectors.stacked import StackedCollector
+from gradalign.distributed import Ranks
 
 Probe = Callable[[], Losses]
 """Evaluates the auxiliaries' losses: a group's name to a scalar loss, or to a sequence of them."""
@@ -29,12 +30,14 @@ class ProbedCollector(Collector):
 
     Args:
         layout: The parameters, all in one block.
+        ranks: Averaged over: the anchor's gradient, and the derivatives along its average.
     """
 
     name: ClassVar[str] = "probed"
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, ranks: Ranks | None = None) -> None:
         super().__init__(layout, 1)
+        self._ranks = ranks
         self._anchor = StackedCollector(layout, 1)
         self._derivatives = DirectionalDerivatives()
         self._probes: list[Probe] = []
@@ -54,7 +57,7 @@ class ProbedCollector(Collector):
         self._probes.append(probe)
 
     def _collect(self, losses: Sequence[Loss]) -> None:
-        self._anchor.collect(losses)
+        self._anchor.collect(losses)  # scaled already, and scaled back before the probe moves along it
 
     def counts(self) -> list[int]:
         """Return for each parameter how many groups reach it."""
@@ -71,8 +74,12 @@ class ProbedCollector(Collector):
             TypeError: A probe returns no mapping of names to tensors.
             ValueError: A loss is not scalar, or the probes name different groups.
         """
+        if self._ranks is not None:
+            self._average(self._ranks)
         gradient = self._anchor.row(0)
         reached = [i for i, part in enumerate(gradient) if part is not None]
+        if self.scale is not None:
+            torch._foreach_div_([gradient[i] for i in reached], self.scale)
         parameters = [self.layout.parameters[i] for i in reached]
         self._row = self._derivatives(self._losses, parameters, [gradient[i] for i in reached])
         if anchor in self._row:
@@ -82,7 +89,16 @@ class ProbedCollector(Collector):
             )
         self.derivative = self._derivatives.way
         self.num_groups = 1 + len(self._row)
+        if self._ranks is not None:
+            self._ranks.check_same_groups(tuple(self._row), "probed", self.layout.parameters[0].device)
         return tuple(self._row)
+
+    def _average(self, ranks: Ranks) -> None:
+        """Average the anchor's gradient over the ranks."""
+        row = self._anchor.row(0)
+        ranks.fill(self.layout, row, ranks.agree([part is not None for part in row], self.layout.parameters[0].device))
+        ranks.average(self.layout, row, [i for i, part in enumerate(row) if part is not None]).wait()
+        self._anchor.adopt([row])
 
     def _losses(self) -> dict[str, Terms]:
         """Return the losses of all probes, added up over the micro-batches."""
@@ -95,9 +111,12 @@ class ProbedCollector(Collector):
                 )
         return {name: sum((other[name] for other in others), terms) for name, terms in first.items()}
 
-    @torch.no_grad()
     def gramians(self) -> tuple[Tensor, Tensor]:
         """Return the Gramian, (1, K, K), zero but for the anchor's row and column, and zeros (K, K)."""
+        return self._gramians()  # the gradient's scale is gone
+
+    @torch.no_grad()
+    def _gramians(self) -> tuple[Tensor, Tensor]:
         squared, _ = self._anchor.gramians()
         K = self.num_groups
         G = squared.new_zeros(1, K, K)
@@ -105,6 +124,8 @@ class ProbedCollector(Collector):
         for k, product in enumerate(self._row.values(), 1):
             G[:, 0, k] = product
             G[:, k, 0] = product
+        if self._ranks is not None:
+            G = self._ranks.mean(G)
         return G, torch.zeros_like(G[0])
 
     def seen(self, gramians: Tensor) -> Tensor:
@@ -122,7 +143,8 @@ class ProbedCollector(Collector):
 
     def write(self, weights: Tensor, support: Sequence[int], plain: Sequence[float]) -> None:
         """Add the anchor's gradient times its weight to ``p.grad``."""
-        self._anchor.write(weights[:, :1], (0,), plain[:1])
+        of_anchor = weights[:, :1]
+        self._anchor.write(of_anchor if self.scale is None else of_anchor * self.scale, (0,), plain[:1])
         self.discard()
 
     def discard(self) -> None:

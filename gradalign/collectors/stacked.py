@@ -86,6 +86,15 @@ class StackedCollector(Collector):
             self._rows = [[None] * T for _ in range(self.num_groups)]
             self._leads = [None] * T
 
+    def adopt(self, rows: Sequence[Row]) -> None:
+        """Take K rows, memory of this collector's alone in the layout's strides, for what the losses' gradients are."""
+        self.discard()
+        self._rows = list(rows)
+        self._leads = [
+            next((k for k, gradient in enumerate(column) if gradient is not None), None)
+            for column in zip(*rows, strict=True)
+        ]
+
     def _taker(self, k: int, taken: list[int]) -> Callable[[int, Tensor], bool]:
         """Return what moves a gradient of group k, fresh from backward, into its row."""
         row = self._rows[k]
@@ -180,7 +189,7 @@ class StackedCollector(Collector):
         return [sum(gradient is not None for gradient in column) for column in zip(*self._rows, strict=True)]
 
     @torch.no_grad()
-    def gramians(self) -> tuple[Tensor, Tensor]:
+    def _gramians(self) -> tuple[Tensor, Tensor]:
         """Return the Gramians of the blocks, (B, K, K), and that of the parameters outside the scope, (K, K)."""
         device = self.layout.parameters[0].device
         shape = (self.layout.num_blocks + 1, self.num_groups, self.num_groups)
@@ -189,7 +198,6 @@ class StackedCollector(Collector):
             plan.add_gramian(G[plan.kind.block], self._rows)
         return G[:-1], G[OUTSIDE]
 
-    @torch.no_grad()
     def write(self, weights: Tensor, support: Sequence[int], plain: Sequence[float]) -> None:
         """Add the weighted sum of the rows to ``p.grad`` of every parameter that a group reaches.
 
@@ -198,13 +206,18 @@ class StackedCollector(Collector):
             support: The groups whose weight can differ from zero; the other rows are not read.
             plain: K numbers, the weights outside the scope.
         """
+        self._deposit(self.combined(weights, support, plain))
+        self.discard()
+
+    @torch.no_grad()
+    def combined(self, weights: Tensor, support: Sequence[int], plain: Sequence[float]) -> Row:
+        """Return the weighted sum of the rows, (T,), formed in place of one of them; arguments as for ``write``."""
         outside = torch.stack([weights.new_full((), weight) for weight in plain])
         table = torch.cat([weights, outside.unsqueeze(0)])  # the last row is OUTSIDE's
         for plan in self._planned():
             block = plan.kind.block
             plan.combine(self._rows, list(table[block]), range(self.num_groups) if block == OUTSIDE else support)
-        self._deposit([None if k is None else self._rows[k][i] for i, k in enumerate(self._leads)])
-        self.discard()
+        return [None if k is None else self._rows[k][i] for i, k in enumerate(self._leads)]
 
     @torch.no_grad()
     def write_rows(self, align: Callable[[int, list[Tensor]], Tensor], plain: Sequence[float]) -> None:
@@ -223,7 +236,11 @@ class StackedCollector(Collector):
             blocks.setdefault(block, []).append(i)
         blocks.pop(OUTSIDE, None)
         for block, members in blocks.items():
-            aligned = align(block, [self._joined(row, members) for row in self._rows])
+            joined = [self._joined(row, members) for row in self._rows]
+            if self.scale is None:
+                aligned = align(block, joined)
+            else:
+                aligned = align(block, [row.div_(self.scale) for row in joined]) * self.scale
             parts = aligned.split([self.layout.sizes[i] for i in members])
             for i, part in zip(members, parts, strict=True):
                 if self._leads[i] is not None:
@@ -291,7 +308,7 @@ class StackedCollector(Collector):
     def _kind(self, i: int, block: int) -> Kind:
         parameter = self.layout.parameters[i]
         groups = tuple(k for k, row in enumerate(self._rows) if row[i] is not None)
-        return Kind(block, groups, self._leads[i], parameter.dtype, parameter.device)
+        return Kind(block, groups, self._leads[i], parameter.dtype, parameter.device, self.layout.copies[i])
 
     def _scratch_on(self, device: torch.device) -> Tensor:
         if device not in self._scratch:

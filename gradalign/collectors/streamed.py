@@ -93,11 +93,15 @@ class StreamedCollector(Collector):
                 take=waiting.take,
                 hooked=() if k == self._anchor else self._hooked,
             )
-            self._reach[k] = [gradient is not None for gradient in gradients]
+            self._reach[k] = self._reached(gradients)
             if k == self._anchor:
                 self._keep(gradients)
             else:
                 waiting.take_rest(gradients)
+
+    def _reached(self, gradients: Row) -> list[bool]:
+        """Return which parameters a group reaches that has these gradients."""
+        return [gradient is not None for gradient in gradients]
 
     @torch.no_grad()
     def _keep(self, gradients: Row) -> None:
@@ -196,7 +200,7 @@ class StreamedCollector(Collector):
         return [sum(groups) for groups in zip(*self._reach, strict=True)]
 
     @torch.no_grad()
-    def gramians(self) -> tuple[Tensor, Tensor]:
+    def _gramians(self) -> tuple[Tensor, Tensor]:
         """Return the Gramians of the blocks, (B, K, K), and that of the parameters outside the scope, (K, K)."""
         counts = self.counts()
         rest = [i for i, lead in enumerate(self._lead) if lead is not None and i not in self._counted]

@@ -1,0 +1,77 @@
+"""The stacked collector for parameters of which each rank holds a part.
+
+Shapes: K groups, T parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradalign.collectors.base import Loss, Row, check_gradients
+from gradalign.collectors.parameters import OUTSIDE, Layout
+from gradalign.collectors.stacked import StackedCollector
+from gradalign.sharding import Shards, is_sharded, like, local, local_gradient
+
+
+class ShardedCollector(StackedCollector):
+    """Keep of K gradients what this rank holds, and sum what their Gramians have in common.
+
+    ``fully_shard`` averages and cuts gradients where ``loss.backward()`` leaves them, so that each group takes one, and
+    ``p.grad`` is set aside meanwhile. A parameter that is no DTensor is averaged over the mesh here.
+
+    Args:
+        layout: The parameters and their blocks.
+        num_groups: K.
+        shared_only: Parameters that a single group reaches count as outside the scope.
+    """
+
+    def __init__(self, layout: Layout, num_groups: int, *, shared_only: bool = False) -> None:
+        self._whole = layout.parameters
+        self._shards = Shards(layout.parameters)
+        parts = Layout([local(p) for p in layout.parameters], layout.blocks, layout.num_blocks, self._shards.copies)
+        super().__init__(parts, num_groups, shared_only=shared_only)
+        self._hooked, self._matrices = [], set()
+
+    def add(self, k: int, loss: Loss, *, retain_graph: bool) -> None:
+        """Differentiate group k, and add its gradient to that of earlier micro-batches."""
+        self._begin()
+        self._store(k, self._backward(loss, retain_graph=retain_graph), set())
+
+    def _backward(self, loss: Loss, *, retain_graph: bool) -> Row:
+        """Return this rank's parts of the gradients of one group, (T,)."""
+        name, terms, factors = loss
+        aside = [parameter.grad for parameter in self._whole]
+        try:
+            for parameter in self._whole:
+                parameter.grad = None
+            torch.autograd.backward(terms, factors, retain_graph=retain_graph)
+            gradients = [local_gradient(parameter) for parameter in self._whole]
+        finally:
+            for parameter, gradient in zip(self._whole, aside, strict=True):
+                parameter.grad = gradient
+        check_gradients(name, gradients)
+        for parameter, gradient in zip(self._whole, gradients, strict=True):
+            if gradient is not None and not is_sharded(parameter):
+                self._shards.mean_(gradient)
+        return gradients
+
+    @torch.no_grad()
+    def _gramians(self) -> tuple[Tensor, Tensor]:
+        blocks, outside = super()._gramians()
+        G = self._shards.total(torch.cat([blocks, outside.unsqueeze(0)]))
+        return G[:-1], G[OUTSIDE]
+
+    def check_targets(self) -> None:
+        """Do nothing: a DTensor is never expanded."""
+
+    def _deposit(self, aligned: Row) -> None:
+        """Add the aligned gradients, (T,), to ``p.grad``; where there is none, they become it."""
+        for parameter, part in zip(self._whole, aligned, strict=True):
+            if part is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = like(parameter, part.detach())
+            else:
+                parameter.grad.add_(like(parameter, part))
+        self._run_hooks([p for p, part in zip(self._whole, aligned, strict=True) if part is not None])

@@ -1,0 +1,246 @@
+"""Averages over ranks that hold the same parameters, each with its own part of the batch.
+
+Shapes: N ranks, T parameters. A row is one group's gradients, (T,), None where it reaches none. A *share* is what one
+rank keeps of a row that is split among them: of each gradient, as it lies in memory, cut into N pieces of equal length
+and filled up with zeros, one piece.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+# Gradients of fewer elements travel together, copied into one message; larger ones go from where they are.
+_FEWEST_ALONE = 2**16
+
+
+Row = list[Any]
+"""A group's gradients, (T,): a tensor, or None for a parameter that it does not reach."""
+
+
+class Layout(Protocol):
+    """What has to be known of the parameters."""
+
+    parameters: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+
+    def flat(self, i: int, gradient: Tensor) -> Tensor:
+        """Return a gradient of parameter i as it lies in memory, (numel,)."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a process group, seen from one of them.
+
+    All methods are collective: every rank calls them in the same order, with the same parameters and groups.
+
+    Attributes:
+        group: The process group; None for the default one.
+        size: N.
+    """
+
+    group: dist.ProcessGroup | None
+    size: int
+
+    def check_same_groups(self, names: Sequence[str], how: str, device: torch.device) -> None:
+        """Raise ValueError on every rank unless all have the same loss groups, in the same order.
+
+        Args:
+            names: This rank's groups.
+            how: How this rank collects them; different ways exchange different things.
+            device: The parameters', for a backend may know no other.
+        """
+        mine = torch.tensor([zlib.crc32("\0".join([how, *names]).encode())], device=device)
+        everybody = mine.new_empty(self.size)
+        dist.all_gather_into_tensor(everybody, mine, group=self.group)
+        if len(set(everybody.tolist())) == 1:
+            return
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, (how, list(names)), group=self.group)
+        listed = "; ".join(f"{groups} ({how}) on rank {rank}" for rank, (how, groups) in enumerate(said))
+        raise ValueError(
+            f"`losses` must hold the same loss groups on all ranks, got {listed}; pass a zero, such as"
+            " 0 * output.sum(), for what a rank has no data of."
+        )
+
+    def agree(self, reached: Sequence[bool], device: torch.device) -> list[bool]:
+        """Return for each parameter whether any rank reaches it."""
+        mask = torch.tensor(list(reached), dtype=torch.uint8, device=device)
+        dist.all_reduce(mask, dist.ReduceOp.MAX, group=self.group)
+        return [bool(one) for one in mask.tolist()]
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return the mean of a tensor over the ranks, the same bits on all."""
+        total = tensor.clone()
+        dist.all_reduce(total, group=self.group)
+        return total / self.size
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the ranks, the same bits on all."""
+        total = tensor.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def fill(self, layout: Layout, row: Row, reached: Sequence[bool]) -> None:
+        """Put zeros into a row where this rank's losses do not reach a parameter that another rank's do."""
+        for i, any_rank in enumerate(reached):
+            if any_rank and row[i] is None:
+                row[i] = torch.zeros_like(layout.parameters[i], requires_grad=False)
+
+    def average(self, layout: Layout, row: Row, members: Sequence[int]) -> Arriving:
+        """Begin to average these parameters' gradients over the ranks, in place, and return what waits for them.
+
+        Args:
+            layout: The parameters.
+            row: Gradients in the layout's strides, memory of this row alone; none may be read before it has arrived.
+            members: Which of them, the same on all ranks.
+        """
+        arriving = Arriving()
+        joined: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for i in reversed(members):  # backward made the last ones first, and needs them first again
+            parameter = layout.parameters[i]
+            if layout.sizes[i] < _FEWEST_ALONE:
+                joined.setdefault((parameter.dtype, parameter.device), []).append(i)
+            else:
+                flat = layout.flat(i, row[i])
+                work = dist.all_reduce(flat, group=self.group, async_op=True)
+                arriving.add([i], work, partial(flat.div_, self.size))
+        for chosen in joined.values():
+            parts = [layout.flat(i, row[i]) for i in chosen]
+            message = torch.cat(parts)
+            work = dist.all_reduce(message, group=self.group, async_op=True)
+            arriving.add(chosen, work, partial(self._put_back, message, parts))
+        return arriving
+
+    def _put_back(self, message: Tensor, parts: Sequence[Tensor]) -> None:
+        message.div_(self.size)
+        torch._foreach_copy_(list(parts), message.split([part.numel() for part in parts]))
+
+    def split(self, layout: Layout, row: Row, reached: Sequence[bool]) -> Callable[[], Row]:
+        """Begin to average a row over the ranks, and return what waits for this rank's share of it.
+
+        Args:
+            layout: The parameters.
+            row: Gradients in the layout's strides, None where this rank's losses do not reach.
+            reached: Whether any rank's do.
+        """
+        share: Row = [None] * len(row)
+        works = []
+        for members in self._messages(layout, [i for i, any_rank in enumerate(reached) if any_rank]):
+            lengths = [self.length(layout, i) for i in members]
+            like = layout.parameters[members[0]]
+            message = torch.empty(self.size, sum(lengths), dtype=like.dtype, device=like.device)
+            for i, place in zip(members, message.split(lengths, dim=1), strict=True):
+                _fill(place, None if row[i] is None else layout.flat(i, row[i]))
+            mine = torch.empty(sum(lengths), dtype=like.dtype, device=like.device)
+            work = dist.reduce_scatter_tensor(mine, message.view(-1), group=self.group, async_op=True)
+            works.append((work, mine, message))  # which has to live until it has been sent
+            for i, piece in zip(members, mine.split(lengths), strict=True):
+                share[i] = piece
+
+        def wait() -> Row:
+            for work, mine, _ in works:
+                work.wait()
+                mine.div_(self.size)
+            works.clear()
+            return share
+
+        return wait
+
+    def join(self, layout: Layout, share: Row) -> Row:
+        """Return the row of which this is one rank's share, whole, with memory of its own."""
+        row: Row = [None] * len(share)
+        for members in self._messages(layout, [i for i, piece in enumerate(share) if piece is not None]):
+            lengths = [self.length(layout, i) for i in members]
+            mine = torch.cat([share[i] for i in members])
+            message = mine.new_empty(self.size, sum(lengths))
+            dist.all_gather_into_tensor(message.view(-1), mine, group=self.group)
+            for i, place in zip(members, message.split(lengths, dim=1), strict=True):
+                row[i] = torch.empty_like(layout.parameters[i], requires_grad=False)
+                _take(place, layout.flat(i, row[i]))
+        return row
+
+    def length(self, layout: Layout, i: int) -> int:
+        """Return how many elements of parameter i make a share."""
+        return -(-layout.sizes[i] // self.size)
+
+    def _messages(self, layout: Layout, members: Sequence[int]) -> list[list[int]]:
+        """Return the parameters in lists that travel together."""
+        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for i in members:
+            kinds.setdefault((layout.parameters[i].dtype, layout.parameters[i].device), []).append(i)
+        return list(kinds.values())
+
+
+class Arriving:
+    """Gradients on their way."""
+
+    def __init__(self) -> None:
+        self._messages: list[tuple[list[int], dist.Work, Callable[[], object]]] = []
+        self._of: dict[int, int] = {}  # a parameter to the number of its message
+
+    def add(self, members: Sequence[int], work: dist.Work, finish: Callable[[], object]) -> None:
+        """Take up a message.
+
+        Args:
+            members: The parameters whose gradients it carries.
+            work: What waits for it.
+            finish: What makes gradients of it.
+        """
+        self._of.update(dict.fromkeys(members, len(self._messages)))
+        self._messages.append((list(members), work, finish))
+
+    def wait(self, members: Sequence[int] | None = None) -> list[int]:
+        """Wait for the gradients of some parameters, of all by default; return those that arrived now."""
+        arrived = []
+        for number in sorted({self._of[i] for i in (self._of if members is None else members) if i in self._of}):
+            carried, work, finish = self._messages[number]
+            work.wait()
+            finish()
+            arrived += carried
+        for i in arrived:
+            del self._of[i]
+        return arrived
+
+
+def _fill(place: Tensor, flat: Tensor | None) -> None:
+    """Write a gradient (P,) into N pieces (N, n), zeros behind it."""
+    if flat is None:
+        place.zero_()
+        return
+    length = place.shape[1]
+    full, rest = divmod(flat.numel(), length) if length else (0, 0)
+    place[:full].copy_(flat[: full * length].view(full, length))
+    if full < len(place):
+        place[full, :rest].copy_(flat[full * length :])
+        place[full, rest:].zero_()
+        place[full + 1 :].zero_()
+
+
+def _take(place: Tensor, flat: Tensor) -> None:
+    """Read a gradient (P,) from N pieces (N, n)."""
+    length = place.shape[1]
+    full, rest = divmod(flat.numel(), length) if length else (0, 0)
+    flat[: full * length].view(full, length).copy_(place[:full])
+    if rest:
+        flat[full * length :].copy_(place[full, :rest])
+
+
+def ranks_of(process_group: object) -> Ranks | None:
+    """Return the ranks to average over; None for this rank alone.
+
+    Args:
+        process_group: What the aligner was given: "auto" for the default group where ``torch.distributed`` runs.
+    """
+    if process_group is None or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = None if process_group == "auto" else process_group
+    size = dist.get_world_size(group)  # type: ignore[arg-type]
+    return Ranks(group, size) if size > 1 else None  # type: ignore[arg-type]

@@ -1,0 +1,101 @@
+"""Parameters of which each rank holds a part: DTensors, as ``fully_shard`` and tensor parallelism make them.
+
+A mesh has N ranks in one or more dimensions; along each a parameter is either cut or held by all ranks alike.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch import distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # whoever made one has loaded it
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor, without a graph."""
+    if not is_sharded(tensor):
+        return tensor
+    part: Any = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return part.wait() if hasattr(part, "wait") else part  # type: ignore[no-any-return]
+
+
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """Return what this rank holds of ``p.grad``, placed as the parameter is."""
+    gradient = parameter.grad
+    if gradient is None or not is_sharded(parameter):
+        return gradient
+    placed: Any = gradient
+    if placed.placements != parameter.placements:  # type: ignore[attr-defined]
+        placed = placed.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return local(placed)
+
+
+def like(parameter: Tensor, part: Tensor) -> Tensor:
+    """Return the tensor of which this rank holds the part, placed as the parameter is."""
+    if not is_sharded(parameter):
+        return part
+    sharded: Any = parameter
+    return type(sharded).from_local(  # type: ignore[no-any-return]
+        part, sharded.device_mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
+    )
+
+
+class Shards:
+    """How the parts of some parameters lie on a mesh, and sums over them.
+
+    Args:
+        parameters: The parameters. A plain one is held by all ranks alike.
+
+    Attributes:
+        copies: For each parameter, how many ranks hold each of its elements.
+
+    Raises:
+        ValueError: The parameters lie on meshes of which none holds all ranks of the others.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._mesh: DeviceMesh = max((p.device_mesh for p in parameters if is_sharded(p)), key=lambda mesh: mesh.size())  # type: ignore[attr-defined]
+        ranks = set(self._mesh.mesh.flatten().tolist())
+        self.copies: list[int] = []
+        for parameter in parameters:
+            if not is_sharded(parameter):
+                self.copies.append(len(ranks))
+                continue
+            mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+            if not ranks >= set(mesh.mesh.flatten().tolist()):
+                raise ValueError(
+                    f"`optimizer` must hold parameters on one device mesh, or on parts of one, got some on {mesh} and"
+                    f" others on {self._mesh}; give each mesh an optimizer of its own."
+                )
+            pieces = 1
+            for dimension, placement in enumerate(placements):
+                if not placement.is_replicate():
+                    pieces *= mesh.size(dimension)
+            self.copies.append(len(ranks) // pieces)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the ranks of the mesh, the same bits on all."""
+        total = tensor.clone()
+        for dimension in range(self._mesh.ndim):
+            dist.all_reduce(total, group=self._mesh.get_group(dimension))
+        return total
+
+    def mean_(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over the ranks of the mesh."""
+        tensor.copy_(self.total(tensor) / len(self._mesh.mesh.flatten()))
+
+
+def any_sharded(parameters: Sequence[Tensor]) -> bool:
+    """Return whether one of the parameters is a DTensor."""
+    return any(is_sharded(parameter) for parameter in parameters)

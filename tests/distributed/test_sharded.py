@@ -1,0 +1,218 @@
+"""Sharded parameters: FSDP2, hybrid sharding, tensor parallelism, and mixtures, against one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
+
+from gradalign import GradientAligner, rules
+from tests.distributed import processes
+
+BATCH, STEPS = 4, 3
+
+
+class Block(nn.Module):
+    """Lengths that no number of ranks divides, parameters shorter than there are ranks, and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 12), nn.LayerNorm(6), nn.Linear(12, 6)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 1)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.double()
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.first(x), self.second(x) * self.scale
+
+
+def data(step, part, rank):
+    generator = torch.Generator().manual_seed(100 * step + 10 * part + rank)
+    return torch.randn(BATCH, 6, dtype=torch.float64, generator=generator)
+
+
+def losses_of(model, x):
+    first, second = model(x)
+    return {
+        "first": F.cross_entropy(first, torch.arange(len(x)) % 3),
+        "second": (second - 1).square().mean(),
+        "third": second.abs().mean() - first.mean(),
+    }
+
+
+TENSOR_PARALLEL = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+def fsdp(model, size):
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def some_left(model, size):
+    """The heads and the scale stay plain parameters."""
+    for block in model.blocks:
+        fully_shard(block, reshard_after_forward=False)
+
+
+def hybrid(model, size):
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def tensor_parallel(model, size):
+    mesh = init_device_mesh("cpu", (size,))
+    for block in model.blocks:
+        parallelize_module(block, mesh, TENSOR_PARALLEL)
+
+
+def both(model, size):
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "tensor"))
+    for block in model.blocks:
+        parallelize_module(block, mesh["tensor"], TENSOR_PARALLEL)
+        fully_shard(block, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(model, case, batches):
+    """Take some steps on the mean of the batches' losses; return gradients, Gramians, weights and parameters."""
+    options = dict(case.get("options", {}))
+    optimizer = GradientAligner(
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        rules.GASoft(0.3) if case["rule"] == "ga-soft" else case["rule"],
+        **options,
+    )
+    steps = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        parts = case.get("parts", 1)
+        for part in range(parts):
+            of_batches = [losses_of(model, data(step, part, batch)) for batch in batches]
+            losses = {name: sum(one[name] for one in of_batches) / len(of_batches) for name in of_batches[0]}
+            if part + 1 < parts:
+                with optimizer.accumulate():
+                    optimizer.backward(losses)
+            else:
+                optimizer.backward(losses)
+        if case.get("clip"):
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        steps.append(
+            {
+                "gradients": [whole(p.grad).clone() for p in model.parameters()],
+                "gramian": optimizer.report.gramian,
+                "weights": optimizer.report.weights,
+            }
+        )
+        optimizer.step()
+    return {"steps": steps, "parameters": [whole(p.detach()).clone() for p in model.parameters()]}
+
+
+CASES = {
+    **{rule: {"rule": rule} for rule in ("sum", "pcgrad", "ga-soft", "upgrad", "nash-mtl")},
+    "pcgrad, by tensors": {"rule": "pcgrad", "options": {"granularity": "tensor"}},
+    "pcgrad, shared": {"rule": "pcgrad", "options": {"scope": "shared"}},
+    "ga-soft, shared": {"rule": "ga-soft", "options": {"scope": "shared"}},
+    "pcgrad, every other": {"rule": "pcgrad", "options": {"update_every": 2}},
+    "pcgrad, micro-batches": {"rule": "pcgrad", "parts": 2},
+}
+CLIPPED = {"upgrad, clipped": {"rule": "upgrad", "clip": True}}
+
+# How the model is sharded, for how many ranks, and how many of them see the same data.
+LAYOUTS = {
+    "fsdp": (fsdp, (2, 4), 1),
+    "some left": (some_left, (2, 4), 1),
+    "hybrid": (hybrid, (4,), 1),
+    "tensor": (tensor_parallel, (2,), 2),
+    "fsdp and tensor": (both, (4,), 2),
+}
+
+
+def cases_of(layout):
+    """The cases of a layout; torch's clip_grad_norm_ takes one mesh alone."""
+    return CASES | CLIPPED if layout in ("fsdp", "hybrid") else CASES
+
+
+def train_all(rank, size, layouts):
+    outcomes = {}
+    for layout in layouts:
+        outcomes[layout] = {}
+        for name, case in cases_of(layout).items():
+            shard, _, together = LAYOUTS[layout]
+            model = Net()
+            shard(model, size)
+            outcomes[layout][name] = train(model, case, [rank // together])
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What every case gave on each rank, by the number of ranks."""
+    layouts = {size: [layout for layout, (_, sizes, _) in LAYOUTS.items() if size in sizes] for size in (2, 4)}
+    return {
+        size: processes.run(train_all, size, chosen, folder=tmp_path_factory.mktemp("ranks"))
+        for size, chosen in layouts.items()
+    }
+
+
+def error(ours, reference):
+    pairs = list(zip(ours, reference, strict=True))
+    return (sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)).sqrt().item()
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "name"),
+    [(size, layout, name) for layout, (_, sizes, _) in LAYOUTS.items() for size in sizes for name in cases_of(layout)],
+)
+def test_shards_equal_one_process(outcomes, size, layout, name):
+    on_ranks, together = outcomes[size], LAYOUTS[layout][2]
+    assert "raised" not in on_ranks[0], on_ranks[0]
+    reference = train(Net(), cases_of(layout)[name], range(size // together))
+    for outcome in on_ranks:
+        ours = outcome[layout][name]
+        for here, there in zip(ours["steps"], reference["steps"], strict=True):
+            assert error(here["gradients"], there["gradients"]) < 1e-9
+            seen = there["gramian"].isfinite() & here["gramian"].isfinite()
+            assert torch.allclose(here["gramian"][seen], there["gramian"][seen], rtol=1e-8, atol=1e-14)
+            assert torch.allclose(here["weights"], there["weights"], rtol=1e-6, atol=1e-9)
+        assert error(ours["parameters"], reference["parameters"]) < 1e-8
+
+
+def refused(rank, size):
+    messages = {}
+    for name, rule, options in (("rows", "graddrop", {}), ("streamed", "ga-soft", {"collector": "streamed"})):
+        model = Net()
+        fully_shard(model)
+        optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), rule, **options)
+        with pytest.raises(ValueError, match="where parameters are DTensors") as caught:
+            optimizer.backward(losses_of(model, data(0, 0, rank)))
+        messages[name] = str(caught.value)
+    return messages
+
+
+def test_what_needs_whole_gradients_is_refused(tmp_path):
+    for messages in processes.run(refused, 2, folder=tmp_path):
+        assert "`rule` must be a function of the Gramian" in messages["rows"]
+        assert "`collector` must be 'stacked' or 'auto'" in messages["streamed"]
