@@ -29,6 +29,7 @@ class Layout(Protocol):
     """What has to be known of the parameters."""
 
     parameters: tuple[Tensor, ...]
+    places: tuple[int, ...]
     sizes: tuple[int, ...]
 
     def flat(self, i: int, gradient: Tensor) -> Tensor:
@@ -49,18 +50,32 @@ class Ranks:
     group: dist.ProcessGroup | None
     size: int
 
-    def check_same_groups(self, names: Sequence[str], how: str, device: torch.device) -> None:
-        """Raise ValueError on every rank unless all have the same loss groups, in the same order.
+    def check_same_groups(self, names: Sequence[str], how: str, layout: Layout) -> None:
+        """Raise ValueError on every rank unless all have the same loss groups and the same parameters, in order.
 
         Args:
             names: This rank's groups.
             how: How this rank collects them; different ways exchange different things.
-            device: The parameters', for a backend may know no other.
+            layout: The parameters. A frozen one is not among them, so that positions tell as well as shapes.
         """
-        mine = torch.tensor([zlib.crc32("\0".join([how, *names]).encode())], device=device)
-        everybody = mine.new_empty(self.size)
+        of_parameters = [
+            f"{place} {tuple(p.shape)} {p.dtype}" for place, p in zip(layout.places, layout.parameters, strict=True)
+        ]
+        mine = torch.tensor(
+            [zlib.crc32("\0".join(said).encode()) for said in ([how, *names], of_parameters)],
+            device=layout.parameters[0].device,
+        )
+        everybody = mine.new_empty(self.size * 2)
         dist.all_gather_into_tensor(everybody, mine, group=self.group)
-        if len(set(everybody.tolist())) == 1:
+        of_groups, of_layouts = everybody.view(self.size, 2).T.tolist()
+        if len(set(of_layouts)) > 1:
+            alike = [rank for rank, seen in enumerate(of_layouts) if seen == of_layouts[0]]
+            raise ValueError(
+                "`optimizer` must hold the same parameters on all ranks, the same ones of them frozen, got others on"
+                f" ranks {[rank for rank in range(self.size) if rank not in alike]} than on {alike}; build and freeze"
+                " the model alike everywhere."
+            )
+        if len(set(of_groups)) == 1:
             return
         said: list[Any] = [None] * self.size
         dist.all_gather_object(said, (how, list(names)), group=self.group)

@@ -66,11 +66,14 @@ class Shards:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._mesh: DeviceMesh = max((p.device_mesh for p in parameters if is_sharded(p)), key=lambda mesh: mesh.size())  # type: ignore[attr-defined]
+        self.size = self._mesh.size()
         ranks = set(self._mesh.mesh.flatten().tolist())
         self.copies: list[int] = []
+        self._missing: list[list[int]] = []  # the dimensions of the mesh that a parameter's own lacks
         for parameter in parameters:
             if not is_sharded(parameter):
                 self.copies.append(len(ranks))
+                self._missing.append(list(range(self._mesh.ndim)))
                 continue
             mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
             if not ranks >= set(mesh.mesh.flatten().tolist()):
@@ -83,6 +86,19 @@ class Shards:
                 if not placement.is_replicate():
                     pieces *= mesh.size(dimension)
             self.copies.append(len(ranks) // pieces)
+            self._missing.append(self._dimensions_beside(mesh))
+
+    def _dimensions_beside(self, mesh: DeviceMesh) -> list[int]:
+        if mesh.size() == self.size:
+            return []
+        of_whole, of_part = self._mesh.mesh_dim_names, mesh.mesh_dim_names
+        if of_whole is None or of_part is None or not set(of_part) <= set(of_whole):
+            raise ValueError(
+                "`optimizer` must hold parameters on one device mesh, or on parts of one that are named alike, got"
+                f" some on {mesh} and others on {self._mesh}; pass mesh_dim_names to init_device_mesh and take the"
+                " parts from it."
+            )
+        return [dimension for dimension, name in enumerate(of_whole) if name not in of_part]
 
     def total(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks of the mesh, the same bits on all."""
@@ -91,9 +107,13 @@ class Shards:
             dist.all_reduce(total, group=self._mesh.get_group(dimension))
         return total
 
-    def mean_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its mean over the ranks of the mesh."""
-        tensor.copy_(self.total(tensor) / len(self._mesh.mesh.flatten()))
+    def average(self, i: int, gradient: Tensor) -> Tensor:
+        """Return the mean of parameter i's gradient over the dimensions along which nobody has averaged it."""
+        for dimension in self._missing[i]:
+            gradient = gradient.clone()
+            dist.all_reduce(gradient, group=self._mesh.get_group(dimension))
+            gradient /= self._mesh.size(dimension)
+        return gradient
 
 
 def any_sharded(parameters: Sequence[Tensor]) -> bool:

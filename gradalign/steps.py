@@ -130,7 +130,7 @@ class Steps:
             self._kind = self._kind_of(names, probe, layout.num_blocks, keep_rows=sharded or not conditions.last)
             self._begun, self._scaled = names, scaled
         if ranks is not None and conditions.last:
-            ranks.check_same_groups(names, self._kind, layout.parameters[0].device)
+            ranks.check_same_groups(names, self._kind, layout)
         if self._kind == "kept":
             return self._with_kept_weights(layout, groups, conditions)
         if self._kind == "probed" and probe is not None:
@@ -186,7 +186,7 @@ class Steps:
     def _stacked(self, key: str, layout: Layout, K: int, ranks: Ranks | None) -> AnyStacked:
         def make() -> AnyStacked:
             if any_sharded(layout.parameters):
-                return ShardedCollector(layout, K, shared_only=self._shared_only)
+                return ShardedCollector(layout, K, ranks, shared_only=self._shared_only)
             if ranks is None:
                 return StackedCollector(layout, K, shared_only=self._shared_only)
             return RankedStackedCollector(layout, K, ranks, shared_only=self._shared_only)

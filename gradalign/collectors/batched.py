@@ -46,6 +46,8 @@ class BatchedCollector(StackedCollector):
         try:
             gradients = torch.autograd.grad(terms, parameters, cotangents, is_grads_batched=True, allow_unused=True)
         except RuntimeError as error:
+            if "vmap" not in str(error) and "batch" not in str(error).lower():
+                raise
             raise RuntimeError(
                 "With collector='batched' every operator of the losses must have a backward that torch.vmap can take,"
                 f" got {str(error).splitlines()[0]!r}; take collector='stacked'."

@@ -32,12 +32,19 @@ class Layout:
         blocks: A block's number for each parameter, or OUTSIDE.
         num_blocks: How many blocks there are.
         copies: For each parameter, how many ranks hold each of its elements, of those whose Gramians are added up.
+        places: Where each parameter stands among all of the optimizer's, frozen ones too.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], blocks: Sequence[int], num_blocks: int, copies: Sequence[int] | None = None
+        self,
+        parameters: Sequence[Tensor],
+        blocks: Sequence[int],
+        num_blocks: int,
+        copies: Sequence[int] | None = None,
+        places: Sequence[int] | None = None,
     ) -> None:
         self.parameters = tuple(parameters)
+        self.places = tuple(range(len(self.parameters)) if places is None else places)
         self.copies = (1,) * len(self.parameters) if copies is None else tuple(copies)
         self.blocks = tuple(blocks)
         self.num_blocks = num_blocks
@@ -117,6 +124,9 @@ def make_layout(
             for (p, _), block in zip(members, blocks, strict=True)
         ],
         num_blocks,
+        places=[
+            place for place, p in enumerate(p for group in param_groups for p in group["params"]) if p.requires_grad
+        ],
     )
 
 

@@ -90,7 +90,7 @@ class ProbedCollector(Collector):
         self.derivative = self._derivatives.way
         self.num_groups = 1 + len(self._row)
         if self._ranks is not None:
-            self._ranks.check_same_groups(tuple(self._row), "probed", self.layout.parameters[0].device)
+            self._ranks.check_same_groups(tuple(self._row), "probed", self.layout)
         return tuple(self._row)
 
     def _average(self, ranks: Ranks) -> None:

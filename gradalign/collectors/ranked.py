@@ -169,7 +169,8 @@ class RankedStreamedCollector(StreamedCollector):
         self._G = self._ranks.mean(self._G)
         self._squares = self._G.diagonal(dim1=-2, dim2=-1).clone()
         blocks = self._G[:-1]
-        return blocks.masked_fill_(self._unseen, 0.0), self._G[OUTSIDE]  # no mean of squares is the mean's square
+        # No mean of squares is the mean's square; but what is not finite stays, so that no rule hides an overflow.
+        return blocks.masked_fill_(self._unseen & blocks.isfinite(), 0.0), self._G[OUTSIDE]
 
     def squares(self, gramians: Tensor, outside: Tensor) -> Tensor:
         """Return numbers that are finite where a group's gradient is on all ranks, (B + 1, K)."""
@@ -190,7 +191,8 @@ class RankedStreamedCollector(StreamedCollector):
             if self._shared_only and count == 1 and not self._reach[self._anchor][i]:
                 alone[i] = next(k for k, reach in enumerate(self._reach) if reach[i])
                 mine = self._alone.get(i, {}).get(alone[i])
-                row[i] = None if mine is None else self.layout.laid_out(i, mine)
+                # Autograd's own may be another parameter's too, or one that a hook keeps; it is averaged in place.
+                row[i] = None if mine is None else torch.empty_like(self.layout.parameters[i]).copy_(mine)
         self._average(row, sorted([*outside, *alone]))
         self._arriving.wait()
         for i in outside:

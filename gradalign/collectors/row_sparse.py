@@ -35,7 +35,7 @@ class RowSparse:
 
     def dense(self, into: Tensor) -> Tensor:
         """Return the matrix, written into memory (V, D)."""
-        return into.zero_().index_copy_(0, self.index, self.values)
+        return into.zero_().index_copy_(0, self.index, self.values.to(into.dtype))
 
     def on(self, index: Tensor) -> Tensor:
         """Return these rows of the matrix; ``index`` holds all that are not zero, ascending."""

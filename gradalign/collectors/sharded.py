@@ -11,24 +11,38 @@ from torch import Tensor
 from gradalign.collectors.base import Loss, Row, check_gradients
 from gradalign.collectors.parameters import OUTSIDE, Layout
 from gradalign.collectors.stacked import StackedCollector
-from gradalign.sharding import Shards, is_sharded, like, local, local_gradient
+from gradalign.distributed import Ranks
+from gradalign.sharding import Shards, like, local, local_gradient
 
 
 class ShardedCollector(StackedCollector):
     """Keep of K gradients what this rank holds, and sum what their Gramians have in common.
 
     ``fully_shard`` averages and cuts gradients where ``loss.backward()`` leaves them, so that each group takes one, and
-    ``p.grad`` is set aside meanwhile. A parameter that is no DTensor is averaged over the mesh here.
+    ``p.grad`` is set aside meanwhile. A parameter that is no DTensor, or one on a part of the mesh, is averaged here
+    over the rest.
 
     Args:
         layout: The parameters and their blocks.
         num_groups: K.
+        ranks: The ranks that the user wants averaged over; None for no more than the mesh's.
         shared_only: Parameters that a single group reaches count as outside the scope.
+
+    Raises:
+        ValueError: The mesh does not hold all of these ranks.
     """
 
-    def __init__(self, layout: Layout, num_groups: int, *, shared_only: bool = False) -> None:
+    def __init__(
+        self, layout: Layout, num_groups: int, ranks: Ranks | None = None, *, shared_only: bool = False
+    ) -> None:
         self._whole = layout.parameters
         self._shards = Shards(layout.parameters)
+        if ranks is not None and ranks.size > self._shards.size:
+            raise ValueError(
+                f"`process_group` must be None, or no larger than the parameters' device mesh of {self._shards.size}"
+                f" ranks, got {ranks.size} ranks; data parallelism beside tensor parallelism is a dimension of the mesh"
+                " here: fully_shard the model over it."
+            )
         parts = Layout([local(p) for p in layout.parameters], layout.blocks, layout.num_blocks, self._shards.copies)
         super().__init__(parts, num_groups, shared_only=shared_only)
         self._hooked, self._matrices = [], set()
@@ -51,10 +65,7 @@ class ShardedCollector(StackedCollector):
             for parameter, gradient in zip(self._whole, aside, strict=True):
                 parameter.grad = gradient
         check_gradients(name, gradients)
-        for parameter, gradient in zip(self._whole, gradients, strict=True):
-            if gradient is not None and not is_sharded(parameter):
-                self._shards.mean_(gradient)
-        return gradients
+        return [None if g is None else self._shards.average(i, g) for i, g in enumerate(gradients)]
 
     @torch.no_grad()
     def _gramians(self) -> tuple[Tensor, Tensor]:

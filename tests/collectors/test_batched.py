@@ -113,6 +113,14 @@ def test_an_operator_that_vmap_cannot_take_is_refused():
     optimizer.backward(model.losses())  # it goes on
 
 
+def test_other_errors_are_not_put_down_to_vmap():
+    model, optimizer = make(models.TwoHeads, "pcgrad", "batched")
+    losses = model.losses()
+    optimizer.backward(losses)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        optimizer.backward(losses)
+
+
 def test_losses_that_reach_nothing_are_refused():
     _, optimizer = make(models.TwoHeads, "pcgrad", "batched")
     other = nn.Parameter(torch.ones(2))

@@ -218,6 +218,18 @@ def test_rules_of_rows_get_dense_rows(monkeypatch):
     assert_close(came.double(), J.median(0).values, rtol=1e-6, atol=1e-6)
 
 
+def test_rules_of_rows_take_a_narrow_table_beside_wide_parameters():
+    torch.manual_seed(3)
+    table, head = nn.Embedding(V, D, dtype=torch.bfloat16), nn.Linear(D, 3)
+    optimizer = GradientAligner(torch.optim.SGD([*table.parameters(), *head.parameters()], lr=1.0), TrimmedMean(trim=0))
+    losses = {
+        name: head(table(torch.tensor(rows)).float()).square().mean() for name, rows in (("a", [1, 2]), ("b", [2]))
+    }
+    expected = [torch.autograd.grad(loss, table.weight, retain_graph=True)[0].float() for loss in losses.values()]
+    optimizer.backward(losses)
+    assert_close(table.weight.grad.float(), sum(expected) / 2, rtol=1e-2, atol=1e-6)
+
+
 def test_gradients_that_are_there_are_added_to():
     model = Embedded()
     reach = REACHES["some rows in common"]

@@ -170,6 +170,58 @@ def test_what_is_not_finite_on_one_rank_is_seen_by_all(tmp_path):
         assert seen["skip stayed"]
 
 
+def other_parameters(rank, size):
+    model = Net()
+    model.body[0 if rank == 0 else 2].requires_grad_(False)  # of the same shapes
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "sum")
+    with pytest.raises(ValueError, match=r"others on ranks \[1\] than on \[0\]"):
+        optimizer.backward(model.losses(rank))
+    return {"untouched": all(p.grad is None for p in model.parameters())}
+
+
+def test_ranks_with_other_frozen_parameters_are_named(tmp_path):
+    for outcome in processes.run(other_parameters, 2, folder=tmp_path):
+        assert outcome.get("untouched"), outcome
+
+
+def alone(rank, size):
+    torch.manual_seed(0)
+    shared, p, q = (nn.Parameter(torch.randn(300, 300, dtype=torch.float64)) for _ in range(3))
+    kept = []
+    p.register_hook(lambda gradient: kept.append((gradient, gradient.clone())))
+    optimizer = GradientAligner(torch.optim.SGD([shared, p, q], lr=0.1), "ga-soft", scope="shared")
+    c = torch.randn(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    losses = {"a": (shared * c).mean(), "b": (shared.square() * c).mean() + ((p + q) * c).mean()}
+    optimizer.backward(losses)  # p and q get one tensor
+    return {"p": p.grad, "q": q.grad, "c": c, "unchanged": all(torch.equal(a, b) for a, b in kept)}
+
+
+def test_what_one_auxiliary_alone_reaches_is_averaged_in_memory_of_its_own(tmp_path):
+    outcomes = processes.run(alone, 2, folder=tmp_path)
+    expected = 0.3 * sum(outcome["c"] for outcome in outcomes) / 2 / 300**2
+    for outcome in outcomes:
+        assert outcome["unchanged"]
+        for gradient in (outcome["p"], outcome["q"]):
+            torch.testing.assert_close(gradient, expected)
+
+
+def overflows(rank, size):
+    model = Net()
+    head = nn.Linear(WIDTH, 1)  # reached by the auxiliary alone
+    optimizer = GradientAligner(torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1), "ga-soft")
+    losses = model.losses(rank, ("a", "b"))
+    losses["b"] = losses["b"] + (1e36 * head.weight.sum() if rank == 1 else 0.0 * head.weight.sum())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    optimizer.backward(losses, scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    return {"scale": scaler.get_scale()}
+
+
+def test_an_overflow_of_an_auxiliary_on_one_rank_lowers_the_scale_on_all(tmp_path):
+    assert processes.run(overflows, 2, folder=tmp_path) == [{"scale": 2.0**11}] * 2
+
+
 def dies(rank, size):
     model = Net()
     optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "pcgrad")

@@ -140,6 +140,14 @@ CASES = {
 }
 CLIPPED = {"upgrad, clipped": {"rule": "upgrad", "clip": True}}
 
+
+def one_block_not_over_data(model, size):
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "tensor"))
+    for block in model.blocks:
+        parallelize_module(block, mesh["tensor"], TENSOR_PARALLEL)
+    fully_shard(model.blocks[0], mesh=mesh["data"])
+
+
 # How the model is sharded, for how many ranks, and how many of them see the same data.
 LAYOUTS = {
     "fsdp": (fsdp, (2, 4), 1),
@@ -147,6 +155,7 @@ LAYOUTS = {
     "hybrid": (hybrid, (4,), 1),
     "tensor": (tensor_parallel, (2,), 2),
     "fsdp and tensor": (both, (4,), 2),
+    "one block not over data": (one_block_not_over_data, (4,), 2),
 }
 
 
@@ -198,6 +207,21 @@ def test_shards_equal_one_process(outcomes, size, layout, name):
             assert torch.allclose(here["gramian"][seen], there["gramian"][seen], rtol=1e-8, atol=1e-14)
             assert torch.allclose(here["weights"], there["weights"], rtol=1e-6, atol=1e-9)
         assert error(ours["parameters"], reference["parameters"]) < 1e-8
+
+
+def too_small_a_mesh(rank, size):
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "tensor"))
+    model = Net()
+    for block in model.blocks:
+        parallelize_module(block, mesh["tensor"], TENSOR_PARALLEL)
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "sum")
+    with pytest.raises(ValueError, match=r"device mesh of 2 ranks, got 4 ranks"):
+        optimizer.backward(losses_of(model, data(0, 0, rank // 2)))
+    return {"refused": True}
+
+
+def test_ranks_beyond_the_mesh_are_refused(tmp_path):
+    assert processes.run(too_small_a_mesh, 4, folder=tmp_path) == [{"refused": True}] * 4
 
 
 def refused(rank, size):
