@@ -90,7 +90,7 @@ def best_move_in_ball(G: Tensor, p: Tensor, c: float) -> Tensor:
 
     It is the least move that gives every <g_i, d> a margin m, at the m that takes it to the ball's border; the distance
     is convex in m, so that Newton's method comes down to it from above. Where no margin above 0 can be had, it is the
-    least move that has the margin 0, which may stay inside.
+    least move that has the margin 0, which may stay inside, or lie outside: then the margin is below 0.
 
     Args:
         G: (..., K, K), floating.
@@ -112,17 +112,19 @@ def best_move_in_ball(G: Tensor, p: Tensor, c: float) -> Tensor:
     x, least = torch.zeros_like(p), NonnegativeProgram(C, p.shape[:-1])
     for _ in range(_NEWTON_STEPS // 2):
         x = least(margin * inverse - products, corrected=False)
+        # Where some w >= 0 has J'w = 0 no margin can be had, but rounding grants one, at the price of an endless x.
+        endless = rounding(G) * (x * norms.sign()).sum(-1, keepdim=True).square() > radius.square()
+        endless = endless & (margin > 0)
+        ceiling = torch.where(endless, ceiling.clamp(max=0.0), ceiling)
         distance = quadratic(C, x).sqrt()
         slope = (x * inverse).sum(-1, keepdim=True)  # of the squared distance in the margin, halved
         moving = ((distance - radius).abs() > SIGN * radius) & (slope > 0)
-        moving = moving & ((margin < ceiling) | (distance > radius))
+        moving = moving & ((margin < ceiling) | (distance > radius)) | endless
         lower = margin - (distance - radius) * distance / slope
-        margin = torch.where(moving, lower.minimum(ceiling), margin)
+        margin = torch.where(moving, torch.where(endless, 0.0, lower.minimum(ceiling)), margin)
         if G.device.type == "cpu" and not bool(moving.any()):
             break
-    # Where some w >= 0 has J'w = 0 no margin can be had, but rounding grants one, at the price of an endless x.
-    endless = rounding(G) * (x * norms.sign()).sum(-1, keepdim=True).square() > radius.square()
-    x = least(torch.where(endless, 0.0, margin * inverse) - products)
+    x = least(margin * inverse - products)
     return torch.where(radius > 0, x * inverse, 0.0)
 
 

@@ -150,13 +150,13 @@ class Random(BaseRule):
     def _check_state(self, state: Mapping[str, Any]) -> None:
         super()._check_state(state)
         try:
-            torch.Generator().set_state(state["generator"])
-        except (RuntimeError, TypeError) as error:
+            torch.Generator().set_state(state["generator"].cpu())  # wherever map_location has put it
+        except (AttributeError, RuntimeError, TypeError) as error:
             raise ValueError(f"`state` must hold a generator's state as torch saves it: {error}") from error
 
     def _take_state(self, state: Mapping[str, Any]) -> None:
         super()._take_state(state)
-        self._generator.set_state(state["generator"])
+        self._generator.set_state(state["generator"].cpu())
 
     def _orders(self, G: Tensor) -> Tensor:
         """Return (..., K, K - 1): for each block and group i, the other groups in random order."""

@@ -117,7 +117,7 @@ def test_other_errors_are_not_put_down_to_vmap():
     model, optimizer = make(models.TwoHeads, "pcgrad", "batched")
     losses = model.losses()
     optimizer.backward(losses)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+    with pytest.raises(RuntimeError, match=r"^Trying to backward through the graph a second time"):
         optimizer.backward(losses)
 
 
