@@ -67,7 +67,8 @@ class GradientAligner(WrappedOptimizer):
             "probed" sees them without a backward of theirs, through the ``probe`` of ``backward``. "auto" is "probed"
             where a probe is given, else "streamed" where the rule allows it, else "stacked".
         update_every: Compute the weights at every n-th step only; between, one ordinary backward on the weighted sum,
-            or, with blocks or a scope, one of each group that has a weight.
+            or, with blocks or a scope, one of each group that has a weight. A run may be resumed with another number:
+            weights that have served as many steps are then made anew.
         nonfinite: What a group's NaN or infinity does: "raise" an error that names the group; "skip" the next step
             and count it in ``skipped_steps``; "propagate" it to ``p.grad`` without waiting for the device.
         process_group: With ``torch.distributed`` running, the ranks whose gradients are averaged: "auto" for all, a
@@ -238,26 +239,17 @@ class GradientAligner(WrappedOptimizer):
             "groups": None if self._groups is None else list(self._groups),
             "skipped_steps": self.skipped_steps,
             "kept": self._steps.kept.state_dict(),
+            "shapes": [list(parameter.shape) for group in self.param_groups for parameter in group["params"]],
         }
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
-        check_own_state(state, set(self._own_state()), self._rule)
+        check_own_state(state, self._own_state())
         self._steps.kept.load_state_dict(state["kept"])
         self._rule.load_state_dict(state["rule_state"])
         self._groups = None if state["groups"] is None else tuple(state["groups"])
         self.skipped_steps = state["skipped_steps"]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the inner optimizer's state and the rule's; micro-batches that wait are dropped.
-
-        Args:
-            state_dict: From ``state_dict()`` of an aligner with the same rule, or of the bare inner optimizer: the rule
-                then stays as it is.
-
-        Raises:
-            ValueError: The state does not fit; nothing is loaded then.
-        """
-        super().load_state_dict(state_dict)
+    def _loaded(self) -> None:
         kept = self._steps.kept
         self._forget()
         self._steps.kept = kept

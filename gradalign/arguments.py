@@ -173,21 +173,49 @@ def check_process_group(process_group: object) -> None:
         )
 
 
-def check_own_state(state: Mapping[str, Any], known: set[str], rule: BaseRule) -> None:
-    """Raise ValueError unless an aligner with this rule saved this, under its key of ``state_dict``."""
-    if set(state) != known:
+def check_own_state(state: object, now: Mapping[str, Any]) -> None:
+    """Raise ValueError unless this was saved, under its key of ``state_dict``, by an aligner like this one.
+
+    Args:
+        state: What was saved.
+        now: What this aligner would save.
+    """
+    if not isinstance(state, Mapping) or set(state) != set(now):
+        got = sorted(map(str, state)) if isinstance(state, Mapping) else repr(state)
         raise ValueError(
-            f"`state_dict` must hold {sorted(known)} under 'gradalign', got {sorted(state)};"
+            f"`state_dict` must hold {sorted(now)} under 'gradalign', got {got};"
             " drop that key to load the inner optimizer's state alone."
         )
-    if state["rule"] != rule.name:
+    if state["rule"] != now["rule"]:
         raise ValueError(
-            f"`state_dict` must come from an aligner with the rule {rule.name!r}, got one with"
+            f"`state_dict` must come from an aligner with the rule {now['rule']!r}, got one with"
             f" {state['rule']!r}; make the aligner with that rule, or drop the key 'gradalign' to start afresh."
         )
+    _check_shapes(state["shapes"], now["shapes"])
     groups, skipped = state["groups"], state["skipped_steps"]
     if not (groups is None or isinstance(groups, list)) or not isinstance(skipped, int):
         raise ValueError(
             "`state_dict` must hold under 'gradalign' a list of `groups` or None and a number of `skipped_steps`,"
             f" got {groups!r} and {skipped!r}."
         )
+    if not isinstance(state["rule_state"], Mapping):
+        raise ValueError(
+            f"`state_dict` must hold under 'gradalign' a dictionary as `rule_state`, got {state['rule_state']!r}."
+        )
+
+
+def _check_shapes(saved: object, now: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError unless the parameters that were saved have the shapes of those of now."""
+    if saved == now:
+        return
+    mend = "make the model and its optimizer as they were when that was saved."
+    if not isinstance(saved, list) or len(saved) != len(now):
+        number = len(saved) if isinstance(saved, list) else repr(saved)
+        raise ValueError(
+            f"`state_dict` must come from an aligner of {len(now)} parameters, got one of {number}; {mend}"
+        )
+    at = next(i for i, (one, two) in enumerate(zip(saved, now, strict=True)) if one != two)
+    raise ValueError(
+        f"`state_dict` must come from an aligner whose parameter {at} has the shape {now[at]}, got one of {saved[at]};"
+        f" {mend}"
+    )

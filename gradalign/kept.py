@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradalign.collectors.base import Loss
+from gradalign.collectors.parameters import Layout
 
 
 class Weighted(NamedTuple):
@@ -39,16 +40,18 @@ class KeptWeights:
         self._reached: tuple[bool, ...] = ()
         self._served = 0
 
-    def serve(self, names: tuple[str, ...], num_blocks: int, *, anchor_alone: bool) -> bool:
+    def serve(self, names: tuple[str, ...], layout: Layout, *, anchor_alone: bool) -> bool:
         """Return whether the next step takes the weights that are kept.
 
         Args:
             names: Its groups.
-            num_blocks: How many blocks there are.
+            layout: Its parameters and their blocks.
             anchor_alone: A probe stands for the other groups.
         """
-        if self.weights is None or self._served >= self.every or len(self.weights) != num_blocks:
+        if self.weights is None or self._served >= self.every:
             return False
+        if len(self.weights) != layout.num_blocks or len(self._reached) != len(layout.parameters):
+            return False  # loaded, and those of other parameters
         return names == (self.names[:1] if anchor_alone else self.names)
 
     def keep(
@@ -64,7 +67,8 @@ class KeptWeights:
                 those from before stay, or else these are kept: without waiting for the device.
         """
         if self.every > 1 and weights is not None:
-            before = self.weights if self.weights is not None and self.names == names else None
+            # Loaded weights may lie on another device.
+            before = self.weights.to(weights) if self.weights is not None and self.names == names else None
             if before is None or before.shape != weights.shape:
                 before = torch.stack([weights.new_full(weights.shape[:-1], weight) for weight in plain], -1)
             healthy = weights.isfinite().all(-1, keepdim=True)
@@ -134,6 +138,8 @@ class KeptWeights:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned; weights that another ``update_every`` kept may be used up.
 
+        With ``every`` 1 none are taken over.
+
         Raises:
             ValueError: ``state`` is something else; nothing is loaded then.
         """
@@ -143,8 +149,10 @@ class KeptWeights:
                 f" number of steps that they have served under 'kept', got {state!r}; drop the key 'gradalign' to start"
                 " afresh."
             )
-        self.weights, self.names, self._served = state["weights"], tuple(state["names"]), state["served"]
-        self._reached = tuple(state["reached"])
+        self.forget()
+        if self.every > 1:  # else they would lie here until a later run takes them for new ones
+            self.weights, self.names, self._served = state["weights"], tuple(state["names"]), state["served"]
+            self._reached = tuple(state["reached"])
 
 
 def _fits(state: object, keys: Collection[str]) -> bool:

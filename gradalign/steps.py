@@ -127,7 +127,7 @@ class Steps:
         if self.pool.waiting:
             self._check_micro_batch(names, probe, scaled=scaled)
         else:
-            self._kind = self._kind_of(names, probe, layout.num_blocks, keep_rows=sharded or not conditions.last)
+            self._kind = self._kind_of(names, probe, layout, keep_rows=sharded or not conditions.last)
             self._begun, self._scaled = names, scaled
         if ranks is not None and conditions.last:
             ranks.check_same_groups(names, self._kind, layout)
@@ -232,8 +232,8 @@ class Steps:
         if self._rule.stateful and known is not None and names != known:
             raise _other_groups(known, names, f"under {self._rule!r}, which remembers them")
 
-    def _kind_of(self, names: tuple[str, ...], probe: Probe | None, num_blocks: int, *, keep_rows: bool) -> str:
-        if self.kept.serve(names, num_blocks, anchor_alone=probe is not None):
+    def _kind_of(self, names: tuple[str, ...], probe: Probe | None, layout: Layout, *, keep_rows: bool) -> str:
+        if self.kept.serve(names, layout, anchor_alone=probe is not None):
             return "kept"
         if probe is not None:
             return "probed"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, cast, overload
 
+import torch
 from torch.optim import Optimizer
 
 from gradalign.errors import GradAlignError
@@ -98,29 +100,54 @@ class WrappedOptimizer(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the inner optimizer's state and the wrapper's own.
+        """Load the inner optimizer's state and the wrapper's own; micro-batches that wait are dropped.
 
         Args:
-            state_dict: From ``state_dict()`` of this class, or of the bare inner optimizer: the wrapper's own state
-                then stays as it is.
+            state_dict: From ``state_dict()`` of a wrapper with the same rule and parameters, or of the bare inner
+                optimizer: the wrapper's own state then stays as it is.
 
         Raises:
+            TypeError: ``state_dict`` is no dictionary.
             ValueError: The state does not fit; nothing is loaded then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"`state_dict` must be a dictionary, got {type(state_dict).__name__}; pass what state_dict() returned."
+            )
         state = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state)
             state = state if changed is None else changed
-        own, previous = state.pop(_STATE_KEY, None), self._own_state()
+        if not {"state", "param_groups"} <= set(state):
+            raise ValueError(
+                "`state_dict` must hold the optimizer's 'state' and 'param_groups', got"
+                f" {sorted(map(str, state)) or 'nothing'}; pass what state_dict() returned."
+            )
+        own = state.pop(_STATE_KEY, None)
+        self._load(own, state)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    @property
+    def alignment_state(self) -> AlignmentState:
+        """What ``state_dict()`` holds under "gradalign", alone: an entry for ``torch.distributed.checkpoint``.
+
+        That module takes of an optimizer what torch's own have, and leaves this out.
+        """
+        return AlignmentState(self)
+
+    def _load(self, own: dict[str, Any] | None, of_inner: dict[str, Any] | None) -> None:
+        """Load what is not None, or nothing where one of them does not fit."""
+        previous = self._own_state()
         try:
             if own is not None:
                 self._load_own_state(own)
-            self._inner.load_state_dict(state)
+            if of_inner is not None:
+                self._inner.load_state_dict(of_inner)
         except BaseException:
             self._load_own_state(previous)
             raise
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
+        self._loaded()
 
     def _own_state(self) -> dict[str, Any]:
         """Return what the subclass saves: tensors, plain values, lists and dictionaries."""
@@ -129,9 +156,51 @@ class WrappedOptimizer(Optimizer):
     def _load_own_state(self, state: dict[str, Any]) -> None:
         """Take over what ``_own_state`` returned, or raise ValueError."""
 
+    def _loaded(self) -> None:
+        """Drop what belongs to the step at hand, once a state is loaded."""
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; hooks are dropped, as torch drops them."""
         return {"_inner": self._inner}
+
+
+class AlignmentState:
+    """A wrapper's own state, with the two methods of ``torch.distributed.checkpoint.stateful.Stateful``.
+
+    That module reads a checkpoint into the tensors and keys that it finds before it reads. A rule that has seen no step
+    yet has none, so that everything is in one value, the bytes that ``torch.save`` makes of it.
+
+    Args:
+        optimizer: The wrapper.
+    """
+
+    def __init__(self, optimizer: WrappedOptimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, ``{"gradalign": bytes}``."""
+        file = io.BytesIO()
+        torch.save(self._optimizer._own_state(), file)
+        return {_STATE_KEY: file.getvalue()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state, and leave the inner optimizer's as it is; micro-batches that wait are dropped.
+
+        Args:
+            state_dict: From ``state_dict()`` of the ``alignment_state`` of a wrapper with the same rule and parameters.
+
+        Raises:
+            ValueError: The state does not fit; nothing is loaded then.
+        """
+        saved = state_dict.get(_STATE_KEY) if isinstance(state_dict, Mapping) else None
+        if not isinstance(saved, bytes):
+            raise ValueError(
+                "`state_dict` must hold bytes under 'gradalign', as alignment_state.state_dict() returns them, got"
+                f" {sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__};"
+                " for optimizer.state_dict() there is optimizer.load_state_dict()."
+            )
+        # On the host, whatever device they were saved from: each rank has another, and moves them there when it steps.
+        self._optimizer._load(torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True), None)
 
 
 def step_unless(inner: Optimizer, closure: Callable[[], float], vetoed: Callable[[], bool]) -> float:

@@ -83,6 +83,25 @@ def same_bits(one, two):
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+def difference(one, two, where=""):
+    """Where the first difference is, to the bit; None where there is none."""
+    if type(one) is not type(two):
+        return f"{where}: {type(one)} and {type(two)}"
+    if isinstance(one, dict):
+        if one.keys() != two.keys():
+            return f"{where}: {list(one)} and {list(two)}"
+        return next(filter(None, (difference(one[key], two[key], f"{where}/{key}") for key in one)), None)
+    if isinstance(one, list | tuple):
+        if len(one) != len(two):
+            return f"{where}: {one} and {two}"
+        return next(
+            filter(None, (difference(a, b, f"{where}/{i}") for i, (a, b) in enumerate(zip(one, two, strict=True)))),
+            None,
+        )
+    same = torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+    return None if same else f"{where}: {one} and {two}"
+
+
 def fresh_rule(name):
     return AverageWeights() if name == "average-weights" else rules.get(name, **HYPER_PARAMETERS.get(name, {}))
 
@@ -214,8 +233,9 @@ def test_a_state_that_does_not_fit_the_inner_optimizer_leaves_the_rule_as_it_was
     before = optimizer.rule.state_dict()["generator"]
     small = GradientAligner(torch.optim.AdamW([model.trunk.weight]), "pcgrad")
     small.rule._generator.manual_seed(99)
+    own = small.state_dict()["gradalign"] | {"shapes": optimizer.state_dict()["gradalign"]["shapes"]}
     with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
-        optimizer.load_state_dict(small.state_dict())
+        optimizer.load_state_dict({**small.state_dict(), "gradalign": own})
     assert torch.equal(optimizer.rule.state_dict()["generator"], before)
 
 
