@@ -11,6 +11,7 @@ from torch import Tensor
 from gradalign.arguments import check_anchor, check_parameters, check_sharded, rescales_anchor
 from gradalign.collectors.base import Collector, Loss
 from gradalign.collectors.batched import BatchedCollector
+from gradalign.collectors.graphs import check_graphs
 from gradalign.collectors.losses import Terms
 from gradalign.collectors.parameters import Layout
 from gradalign.collectors.pool import CollectorPool
@@ -124,6 +125,8 @@ class Steps:
         sharded = any_sharded(layout.parameters)
         if sharded:
             check_sharded(self._rule, self._choice, probe)
+        else:  # sharded ones are differentiated by loss.backward(), which sees through it
+            check_graphs(groups, batched=self._choice == "batched" and ranks is None)
         if self.pool.waiting:
             self._check_micro_batch(names, probe, scaled=scaled)
         else:

@@ -176,6 +176,10 @@ class Collector(ABC):
         try:
             # autograd.grad, not backward: it leaves p.grad alone, and never starts the reducer of DDP.
             gradients = torch.autograd.grad(terms, parameters, factors, retain_graph=retain_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "donated buffer" in str(error):
+                raise _used_up(name) from error
+            raise
         finally:
             for handle in handles:
                 handle.remove()
@@ -289,6 +293,14 @@ def _taker(take: Callable[[int, Tensor], bool], i: int, name: str) -> Callable[[
             return gradient.new_zeros(()).expand(gradient.shape) if take(i, gradient) else None
 
     return hook
+
+
+def _used_up(name: str) -> ValueError:
+    return ValueError(
+        f"`losses[{name!r}]` must leave what the backwards of other groups need, got the loss of a compiled model whose"
+        " backward uses it up: a plain backward(), now or in a run whose cache is read, had it compiled for one; import"
+        " torch._functorch.config and set torch._functorch.config.donated_buffer = False before the model is compiled."
+    )
 
 
 def _not_dense(name: str, gradient: Tensor) -> ValueError:

@@ -6,12 +6,15 @@ Shapes: K groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import ClassVar
 
 import torch
 
 from gradalign.collectors.base import Loss, Row, check_gradients
 from gradalign.collectors.stacked import StackedCollector
+
+_ENOUGH = 160  # characters of torch's error: some list every backend there is
 
 
 class BatchedCollector(StackedCollector):
@@ -50,7 +53,7 @@ class BatchedCollector(StackedCollector):
                 raise
             raise RuntimeError(
                 "With collector='batched' every operator of the losses must have a backward that torch.vmap can take,"
-                f" got {str(error).splitlines()[0]!r}; take collector='stacked'."
+                f" got {shorten(str(error), _ENOUGH)!r}; take collector='stacked'."
             ) from error
         check_gradients(losses[0][0], gradients)
         rows = [[None if gradient is None else gradient[k] for gradient in gradients] for k in range(K)]
