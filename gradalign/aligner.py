@@ -26,7 +26,7 @@ from gradalign.collectors.parameters import Granularity, Scope, check_granularit
 from gradalign.collectors.probed import Probe
 from gradalign.collectors.ranked import RankedStackedCollector
 from gradalign.collectors.stacked import StackedCollector
-from gradalign.distributed import ranks_of
+from gradalign.distributed import RanksOf
 from gradalign.errors import GradAlignError, not_finite
 from gradalign.kept import Weighted
 from gradalign.loss_scaling import check_scaler, scale_of
@@ -51,8 +51,7 @@ class GradientAligner(WrappedOptimizer):
     Up to step 5 an error leaves parameters, ``p.grad`` and the optimizer's state as they were.
 
     Of hooks on a parameter, those of ``register_hook`` see each group's gradient, those of
-    ``register_post_accumulate_grad_hook`` run once ``p.grad`` is written. Under a GradScaler pass
-    ``nonfinite="propagate"``: the scaler has to see an overflow in ``p.grad``.
+    ``register_post_accumulate_grad_hook`` run once ``p.grad`` is written.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``. Only its parameters get a gradient.
@@ -117,7 +116,7 @@ class GradientAligner(WrappedOptimizer):
         self._choice: str = collector
         self._update_every = update_every
         self._nonfinite = nonfinite
-        self._process_group = process_group
+        self._process_group = RanksOf(process_group)
         super().__init__(optimizer)
         self.skipped_steps = 0
         self._groups: tuple[str, ...] | None = None
@@ -162,11 +161,11 @@ class GradientAligner(WrappedOptimizer):
             NonFiniteError: A group's gradient holds NaN or infinity, with ``nonfinite="raise"`` and no ``scaler``.
         """
         check_scaler(scaler)
-        check_process_group(self._process_group)
+        check_process_group(self._process_group.process_group)
         check_probe(probe, self._choice, self._rule, self._scope, self._granularity)
         groups = check_losses(losses)
         conditions = Conditions(
-            self._groups, scale_of(scaler, groups), ranks_of(self._process_group), last=not self._accumulating
+            self._groups, scale_of(scaler, groups), self._process_group(), last=not self._accumulating
         )
         step = self._steps.begin(self.param_groups, groups, probe, conditions)
         collector = step.collector

@@ -162,6 +162,11 @@ def check_process_group(process_group: object) -> None:
         return
     running = torch.distributed.is_available() and torch.distributed.is_initialized()
     if running and not isinstance(process_group, torch.distributed.ProcessGroup):
+        if process_group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "`process_group` must be one that this rank is a member of, got another's; pass each rank its own, or"
+                " None."
+            )
         raise TypeError(
             "`process_group` must be 'auto', a torch.distributed.ProcessGroup or None, got"
             f" {type(process_group).__name__}; leave it out to average over all ranks."

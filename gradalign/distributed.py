@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from gradalign.errors import GradAlignError
+
 # Gradients of fewer elements travel together, copied into one message; larger ones go from where they are.
 _FEWEST_ALONE = 2**16
 
@@ -85,17 +87,33 @@ class Ranks:
             " 0 * output.sum(), for what a rank has no data of."
         )
 
-    def agree(self, reached: Sequence[bool], device: torch.device) -> list[bool]:
-        """Return for each parameter whether any rank reaches it."""
-        mask = torch.tensor(list(reached), dtype=torch.uint8, device=device)
+    def agree(self, layout: Layout, reached: Sequence[bool] | None) -> list[bool]:
+        """Return for each parameter whether any rank reaches it.
+
+        Args:
+            layout: The parameters.
+            reached: Which of them this rank reaches; None where it has met an error, so that the others do not wait.
+
+        Raises:
+            GradAlignError: Another rank has met an error.
+        """
+        T = len(layout.parameters)
+        mine = [*([False] * T if reached is None else reached), *([False] * self.size)]
+        mine[T + dist.get_rank(self.group)] = reached is None
+        mask = torch.tensor(mine, dtype=torch.uint8, device=layout.parameters[0].device)
         dist.all_reduce(mask, dist.ReduceOp.MAX, group=self.group)
-        return [bool(one) for one in mask.tolist()]
+        agreed = [bool(one) for one in mask.tolist()]
+        if reached is not None and any(agreed[T:]):
+            ranks = [rank for rank, failed in enumerate(agreed[T:]) if failed]
+            raise GradAlignError(
+                f"backward() must succeed on all ranks, got an error on {ranks}, which says there what it is; nothing"
+                " was written here."
+            )
+        return agreed[:T]
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean of a tensor over the ranks, the same bits on all."""
-        total = tensor.clone()
-        dist.all_reduce(total, group=self.group)
-        return total / self.size
+        return self.total(tensor) / self.size
 
     def total(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks, the same bits on all."""
@@ -103,20 +121,18 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total
 
-    def fill(self, layout: Layout, row: Row, reached: Sequence[bool]) -> None:
-        """Put zeros into a row where this rank's losses do not reach a parameter that another rank's do."""
-        for i, any_rank in enumerate(reached):
-            if any_rank and row[i] is None:
-                row[i] = torch.zeros_like(layout.parameters[i], requires_grad=False)
-
     def average(self, layout: Layout, row: Row, members: Sequence[int]) -> Arriving:
         """Begin to average these parameters' gradients over the ranks, in place, and return what waits for them.
 
         Args:
             layout: The parameters.
             row: Gradients in the layout's strides, memory of this row alone; none may be read before it has arrived.
+                Where this rank has none it gets zeros.
             members: Which of them, the same on all ranks.
         """
+        for i in members:
+            if row[i] is None:
+                row[i] = torch.zeros_like(layout.parameters[i], requires_grad=False)
         arriving = Arriving()
         joined: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i in reversed(members):  # backward made the last ones first, and needs them first again
@@ -248,14 +264,35 @@ def _take(place: Tensor, flat: Tensor) -> None:
         flat[full * length :].copy_(place[full, :rest])
 
 
-def ranks_of(process_group: object) -> Ranks | None:
-    """Return the ranks to average over; None for this rank alone.
+@dataclass(frozen=True)
+class RanksOf:
+    """The ranks of what an aligner was given as its process group, known only once ``torch.distributed`` runs.
 
-    Args:
-        process_group: What the aligner was given: "auto" for the default group where ``torch.distributed`` runs.
+    A copy shares the process group, which lives in this process; so it is not pickled.
+
+    Attributes:
+        process_group: "auto" for the default group, a group, or None for this rank alone.
     """
-    if process_group is None or not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = None if process_group == "auto" else process_group
-    size = dist.get_world_size(group)  # type: ignore[arg-type]
-    return Ranks(group, size) if size > 1 else None  # type: ignore[arg-type]
+
+    process_group: Any
+
+    def __call__(self) -> Ranks | None:
+        """Return the ranks to average over; None for this one alone."""
+        if self.process_group is None or not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = None if self.process_group == "auto" else self.process_group
+        size = dist.get_world_size(group)
+        return Ranks(group, size) if size > 1 else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RanksOf:
+        """Return this, which does not change."""
+        return self
+
+    def __reduce__(self) -> tuple[type[RanksOf], tuple[str | None]]:
+        """Return what pickle takes, or raise TypeError."""
+        if self.process_group not in ("auto", None):
+            raise TypeError(
+                "`process_group` must be 'auto' or None for an aligner to be pickled, got a process group; save"
+                " state_dict() and make the aligner anew."
+            )
+        return type(self), (self.process_group,)

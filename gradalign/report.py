@@ -23,7 +23,8 @@ class AlignmentReport:
             of the Gramian and the aligned gradient no weighted sum.
         skipped: The step is left out, for a loss group was not finite (``nonfinite="skip"``).
         collector: "stacked", "batched", "streamed" or "probed", which saw the gradients. The last two do not see all
-            products: those of two auxiliaries, and in "probed" their squares, are NaN in ``gramian`` and what follows.
+            products: those of two auxiliaries, and their squares in "probed" and in "streamed" over ranks, are NaN in
+            ``gramian`` and what follows. "batched" is "stacked" over ranks.
         derivative: How "probed" saw the auxiliaries: "forward-mode" or "central-differences"; None for the others.
     """
 

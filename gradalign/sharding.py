@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether this is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # whoever made one has loaded it
-    return module is not None and isinstance(tensor, module.DTensor)
+    kind = getattr(module, "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class Steps:
             self._kind = self._kind_of(names, probe, layout, keep_rows=sharded or not conditions.last)
             self._begun, self._scaled = names, scaled
         if ranks is not None and conditions.last:
-            ranks.check_same_groups(names, self._kind, layout)
+            ranks.check_same_groups(names, self._manner(scaled=scaled), layout)
         if self._kind == "kept":
             return self._with_kept_weights(layout, groups, conditions)
         if self._kind == "probed" and probe is not None:
@@ -243,6 +243,16 @@ class Steps:
         if rescales_anchor(self._rule) and self._choice in ("auto", "streamed") and not keep_rows:
             return "streamed"
         return "batched" if self._choice == "batched" else "stacked"
+
+    def _manner(self, *, scaled: bool) -> str:
+        """Return how this step goes on, in words, which have to be the same on all ranks."""
+        waiting = self.pool.current.pending if self.pool.waiting and self.pool.current is not None else 0
+        words = [self._kind]
+        if waiting:
+            words.append(f"micro-batch {waiting + 1}")
+        elif self.pool.waiting:
+            words.append("after a lost micro-batch")
+        return ", ".join([*words, "scaled"] if scaled else words)
 
     def _support(self, names: Sequence[str]) -> tuple[int, ...]:
         return self._rule.support(names) if isinstance(self._rule, Rule) else tuple(range(len(names)))

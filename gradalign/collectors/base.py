@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradalign.collectors.parameters import OUTSIDE, Layout
+from gradalign.distributed import Row
 
 # Gradients that hooks leave alone, all together, in elements: their kernels are so short that a hook would cost more
 # than a pass over them later, and together they are 4 MiB in float32.
@@ -21,9 +22,6 @@ _MOST_UNHOOKED = 2**20
 
 Loss = tuple[str, tuple[Tensor, ...], "tuple[Tensor, ...] | None"]
 """A group's name, its scalar losses, and what multiplies each of their gradients (None: 1)."""
-
-Row = list[Any]
-"""A group's gradients, (T,): a tensor, or None for a parameter that it does not reach."""
 
 
 class Collector(ABC):
@@ -42,6 +40,7 @@ class Collector(ABC):
         pending: Micro-batches whose gradients wait.
         scale: What the losses of this step are multiplied by, or None.
         last: The micro-batch at hand is the last one of its step.
+        must_reach: Every group has to reach a parameter; else whoever sums over ranks sees to it.
         spoiled: An error lost the gradients of earlier micro-batches; ``discard`` forgets it.
     """
 
@@ -53,6 +52,7 @@ class Collector(ABC):
         self.derivative: str | None = None
         self.scale: Tensor | None = None
         self.last = True
+        self.must_reach = True
         self.pending = 0
         self.spoiled = False
         self._shared_only = shared_only
@@ -131,18 +131,8 @@ class Collector(ABC):
     def check_targets(self) -> None:
         """Raise ValueError where ``p.grad`` holds something that a gradient cannot be added to in place."""
         for parameter, count in zip(self.layout.parameters, self.counts(), strict=True):
-            gradient = parameter.grad
-            if gradient is None or not count:
-                continue
-            dense = gradient.layout == torch.strided
-            if not dense or any(
-                step == 0 and size > 1 for step, size in zip(gradient.stride(), gradient.shape, strict=True)
-            ):
-                kind = "an expanded tensor" if dense else gradient.layout
-                raise ValueError(
-                    f"`p.grad` must be None or a dense tensor with memory of its own, got {kind} for a parameter of"
-                    f" shape {tuple(parameter.shape)}; call zero_grad() before backward, or clone() it."
-                )
+            if count:
+                check_target(parameter)
 
     def check_nothing_waits(self) -> None:
         """Raise RuntimeError where micro-batches wait, or have been lost: it is too early for a step."""
@@ -183,7 +173,7 @@ class Collector(ABC):
         finally:
             for handle in handles:
                 handle.remove()
-        check_gradients(name, gradients)
+        check_gradients(name, gradients, must_reach=self.must_reach)
         return list(gradients)
 
     @abstractmethod
@@ -210,20 +200,44 @@ class Collector(ABC):
     def _run_hooks(self, parameters: Sequence[Tensor]) -> None:
         """Run what register_post_accumulate_grad_hook holds: autograd.grad does not, loss.backward() would."""
         for parameter in parameters:
-            for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+            for hook in post_hooks(parameter).values():
                 hook(parameter)
 
 
-def check_gradients(name: str, gradients: Sequence[Tensor | None]) -> None:
-    """Raise ValueError unless a group reaches a parameter, and its gradients are dense."""
+def post_hooks(parameter: Tensor) -> dict[int, Callable[[Tensor], None]]:
+    """Return the hooks of ``register_post_accumulate_grad_hook``, the very dictionary where there are some."""
+    return getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+
+
+def check_target(parameter: Tensor) -> None:
+    """Raise ValueError where ``p.grad`` holds something that a gradient cannot be added to in place."""
+    gradient = parameter.grad
+    if gradient is None:
+        return
+    dense = gradient.layout == torch.strided
+    if not dense or any(step == 0 and size > 1 for step, size in zip(gradient.stride(), gradient.shape, strict=True)):
+        kind = "an expanded tensor" if dense else gradient.layout
+        raise ValueError(
+            f"`p.grad` must be None or a dense tensor with memory of its own, got {kind} for a parameter of"
+            f" shape {tuple(parameter.shape)}; call zero_grad() before backward, or clone() it."
+        )
+
+
+def check_gradients(name: str, gradients: Sequence[Tensor | None], *, must_reach: bool = True) -> None:
+    """Raise ValueError unless a group's gradients are dense, and it reaches a parameter where it must."""
     for gradient in gradients:
         if gradient is not None and gradient.layout != torch.strided:
             raise _not_dense(name, gradient)
-    if all(gradient is None for gradient in gradients):
-        raise ValueError(
-            f"`losses[{name!r}]` must reach a parameter of the optimizer that requires a gradient, got a loss"
-            " that reaches none; check that it is computed from this model, or leave the group out."
-        )
+    if must_reach and all(gradient is None for gradient in gradients):
+        raise reaches_nothing(name)
+
+
+def reaches_nothing(name: str) -> ValueError:
+    """Return the error for a group that reaches no parameter."""
+    return ValueError(
+        f"`losses[{name!r}]` must reach a parameter of the optimizer that requires a gradient, got a loss"
+        " that reaches none; check that it is computed from this model, or leave the group out."
+    )
 
 
 def _scaled(loss: Loss, scale: Tensor) -> Loss:
@@ -245,11 +259,17 @@ def large(sizes: Sequence[int]) -> list[int]:
 
 
 class Owner:
-    """Tells which gradients of one step are nobody else's, and copies the others, so that each can be changed."""
+    """Tells which gradients of one step are nobody else's, and copies the others, so that each can be changed.
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        layout: The parameters.
+        disjoint: Gradients that share a storage are different pieces of it, unless they begin at the same place.
+    """
+
+    def __init__(self, layout: Layout, *, disjoint: bool = False) -> None:
         self._layout = layout
-        self._places: dict[int, tuple[int, int]] = {}  # a storage: whose it is, by row and parameter
+        self._disjoint = disjoint
+        self._places: dict[int, tuple[int, int]] = {}  # some memory: whose it is, by row and parameter
 
     def own(self, row: Row, members: Sequence[int]) -> None:
         """Put into ``row`` gradients in the layout's strides that share memory with none seen before.
@@ -261,21 +281,20 @@ class Owner:
         for i in members:
             mine = (id(row), i)
             if self._layout.is_laid_out(i, row[i]):
-                if _references(row, i) > _UNSHARED or self._places.get(_storage(row[i]), mine) != mine:
+                if _references(row, i) > _UNSHARED or self._places.get(self._memory(row[i]), mine) != mine:
                     row[i] = row[i].clone()
             else:
                 row[i] = self._layout.laid_out(i, row[i])
-            self._places[_storage(row[i])] = mine
+            self._places[self._memory(row[i])] = mine
+
+    def _memory(self, gradient: Tensor) -> int:
+        return gradient.data_ptr() if self._disjoint else gradient.untyped_storage().data_ptr()
 
 
 def is_exclusive(tensor: Tensor) -> bool:
     """Return whether no other tensor shares this one's memory; False where torch does not tell."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     return count is not None and count(tensor.untyped_storage()._cdata) <= 2  # the tensor and the storage asked
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _references(row: Sequence[object], i: int) -> int:

@@ -11,8 +11,10 @@ from typing import ClassVar
 
 import torch
 
-from gradalign.collectors.base import Loss, Row, check_gradients
+from gradalign.collectors.base import Loss, check_gradients, reaches_nothing
+from gradalign.collectors.graphs import leads_to
 from gradalign.collectors.stacked import StackedCollector
+from gradalign.distributed import Row
 
 _ENOUGH = 160  # characters of torch's error: some list every backend there is
 
@@ -55,7 +57,10 @@ class BatchedCollector(StackedCollector):
                 "With collector='batched' every operator of the losses must have a backward that torch.vmap can take,"
                 f" got {shorten(str(error), _ENOUGH)!r}; take collector='stacked'."
             ) from error
-        check_gradients(losses[0][0], gradients)
+        for name, group, _ in losses:
+            check_gradients(name, gradients)
+            if not leads_to(group, parameters):  # its gradients are zeros, as vmap has it
+                raise reaches_nothing(name)
         rows = [[None if gradient is None else gradient[k] for gradient in gradients] for k in range(K)]
         # What becomes p.grad has memory of its own, or it would keep that of all groups.
         rows[0] = [None if gradient is None else gradient.clone() for gradient in rows[0]]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradalign.collectors.graphs import edges
 from gradalign.collectors.losses import Terms
 from gradalign.collectors.substitution import Substitution
 from gradalign.collectors.undisturbed import RandomState, spared_buffers
@@ -176,23 +177,13 @@ def _reaches(terms: Sequence[Tensor], parameters: Sequence[Tensor], newest: int)
         ValueError: It leads there through what was computed before, by nodes older than ``newest``.
     """
     sought = {id(parameter) for parameter in parameters}
-    nodes = [term.grad_fn for term in terms if term.grad_fn is not None]
-    seen = set(nodes)
-    found = False
-    while nodes:
-        node = nodes.pop()
-        for following, _ in node.next_functions:
-            if id(getattr(following, "variable", None)) in sought:
-                if node._sequence_nr() < newest:
-                    raise ValueError(
-                        "`probe` must compute its losses within its call, from the parameters, got one that uses what"
-                        " was computed before; let the model's forward run in the probe too."
-                    )
-                found = True
-            elif following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
-    return found
+    leading = [node for node, following in edges(terms) if id(getattr(following, "variable", None)) in sought]
+    if any(node._sequence_nr() < newest for node in leading):
+        raise ValueError(
+            "`probe` must compute its losses within its call, from the parameters, got one that uses what was computed"
+            " before; let the model's forward run in the probe too."
+        )
+    return bool(leading)
 
 
 def _no_forward_mode() -> None:

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from gradalign.collectors.losses import Terms
 
 # torch's own, and those of others that took its name over with its body.
 _REENTRANT = "CheckpointFunctionBackward"
 _COMPILED = "CompiledFunctionBackward"
+
+
+def edges(terms: Iterable[Tensor], seen: set[Any] | None = None) -> Iterator[tuple[Any, Any]]:
+    """Yield every edge of the losses' graphs, a node and one that its gradient flows on to; depth first.
+
+    Args:
+        terms: The losses.
+        seen: Nodes whose edges have been yielded; those of this walk are added. None for none.
+    """
+    seen = set() if seen is None else seen
+    nodes: list[Any] = [term.grad_fn for term in terms if term.grad_fn is not None]
+    while nodes:
+        node = nodes.pop()
+        for following, _ in node.next_functions:
+            if following is not None:
+                yield node, following
+                if following not in seen:
+                    seen.add(following)
+                    nodes.append(following)
+
+
+def leads_to(terms: Iterable[Tensor], parameters: Iterable[Tensor]) -> bool:
+    """Return whether a loss's gradient flows to one of the parameters; it stops at the first."""
+    sought = {id(parameter) for parameter in parameters}
+    return any(id(term) in sought for term in terms) or any(
+        id(getattr(following, "variable", None)) in sought for _, following in edges(terms)
+    )
 
 
 def check_graphs(groups: Mapping[str, Terms], *, batched: bool) -> None:
@@ -28,14 +57,7 @@ def check_graphs(groups: Mapping[str, Terms], *, batched: bool) -> None:
     seen: set[Any] = set()
     kinds: set[type] = set()
     for name, terms in groups.items():
-        nodes: list[Any] = [term.grad_fn for term in terms if term.grad_fn is not None]
-        while nodes:
-            node = nodes.pop()
-            kinds.add(type(node))
-            for following, _ in node.next_functions:
-                if following is not None and following not in seen:
-                    seen.add(following)
-                    nodes.append(following)
+        kinds.update(type(node) for node, _ in edges(terms, seen))
         found = {kind.__name__ for kind in kinds}
         if _REENTRANT in found:
             raise ValueError(

@@ -5,16 +5,17 @@ Shapes: K groups.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradalign.collectors.base import Row
 from gradalign.collectors.combine import CombinePlan
 from gradalign.collectors.parameters import Layout
 from gradalign.collectors.row_sparse import RowSparse, union
+from gradalign.distributed import Row
 from gradalign.gramian import GramianPlan
 
 Parts = list[Tensor]
@@ -32,7 +33,7 @@ class Kind(NamedTuple):
     copies: int
 
 
-class Plan:
+class Plan(ABC):
     """How rows go through the scratch and are summed in place of the lead's.
 
     Args:
@@ -50,9 +51,9 @@ class Plan:
         places = [num_groups * i + j for i in kind.groups for j in kind.groups]
         self._places = None if len(kind.groups) == num_groups else torch.tensor(places, device=kind.device)
 
+    @abstractmethod
     def parts(self, rows: Sequence[Row], k: int) -> Parts:
         """Return the parts of group k's row."""
-        raise NotImplementedError
 
     def add_gramian(self, G: Tensor, rows: Sequence[Row]) -> None:
         """Add the Gramian of these parameters to G (K, K)."""

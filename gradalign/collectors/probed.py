@@ -6,11 +6,13 @@ Shapes: K groups, T parameters; the anchor is group 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from gradalign.collectors.agreement import agreed, telling
 from gradalign.collectors.base import Collector, Loss
 from gradalign.collectors.directional import DirectionalDerivatives
 from gradalign.collectors.losses import Losses, Terms, check_losses
@@ -39,6 +41,7 @@ class ProbedCollector(Collector):
         super().__init__(layout, 1)
         self._ranks = ranks
         self._anchor = StackedCollector(layout, 1)
+        self._anchor.must_reach = ranks is None  # else another rank may
         self._derivatives = DirectionalDerivatives()
         self._probes: list[Probe] = []
         self._row: dict[str, Tensor] = {}
@@ -57,7 +60,8 @@ class ProbedCollector(Collector):
         self._probes.append(probe)
 
     def _collect(self, losses: Sequence[Loss]) -> None:
-        self._anchor.collect(losses)  # scaled already, and scaled back before the probe moves along it
+        with telling(self._ranks, self.layout, last=self.last):
+            self._anchor.collect(losses)  # scaled already, and scaled back before the probe moves along it
 
     def counts(self) -> list[int]:
         """Return for each parameter how many groups reach it."""
@@ -75,13 +79,13 @@ class ProbedCollector(Collector):
             ValueError: A loss is not scalar, or the probes name different groups.
         """
         if self._ranks is not None:
-            self._average(self._ranks)
+            self._average(self._ranks, anchor)
         gradient = self._anchor.row(0)
         reached = [i for i, part in enumerate(gradient) if part is not None]
-        if self.scale is not None:
-            torch._foreach_div_([gradient[i] for i in reached], self.scale)
         parameters = [self.layout.parameters[i] for i in reached]
-        self._row = self._derivatives(self._losses, parameters, [gradient[i] for i in reached])
+        if self.scale is not None:
+            torch._foreach_div_([gradient[i] for i in reached], self.scale.to(parameters[0].device))
+        self._row = self._differentiated(parameters, [gradient[i] for i in reached])
         if anchor in self._row:
             raise ValueError(
                 f"`probe()` must not name the anchor, {anchor!r}, which `losses` holds, got {list(self._row)}; let it"
@@ -93,12 +97,22 @@ class ProbedCollector(Collector):
             self._ranks.check_same_groups(tuple(self._row), "probed", self.layout)
         return tuple(self._row)
 
-    def _average(self, ranks: Ranks) -> None:
+    def _average(self, ranks: Ranks, anchor: str) -> None:
         """Average the anchor's gradient over the ranks."""
         row = self._anchor.row(0)
-        ranks.fill(self.layout, row, ranks.agree([part is not None for part in row], self.layout.parameters[0].device))
-        ranks.average(self.layout, row, [i for i, part in enumerate(row) if part is not None]).wait()
+        reached = agreed(ranks, self.layout, anchor, row)
+        ranks.average(self.layout, row, [i for i, any_rank in enumerate(reached) if any_rank]).wait()
         self._anchor.adopt([row])
+
+    def _differentiated(self, parameters: Sequence[Tensor], direction: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the derivatives of the probes' losses; let the other ranks know of an error in one."""
+        try:
+            return self._derivatives(self._losses, parameters, direction)
+        except BaseException:
+            if self._ranks is not None:
+                with suppress(ValueError):
+                    self._ranks.check_same_groups((), "an error in the probe", self.layout)
+            raise
 
     def _losses(self) -> dict[str, Terms]:
         """Return the losses of all probes, added up over the micro-batches."""

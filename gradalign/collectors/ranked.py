@@ -5,17 +5,18 @@ Shapes: K groups, T parameters, N ranks; P elements in a gradient; a is the anch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradalign.collectors.base import Collector, Loss, Row
+from gradalign.collectors.agreement import agreed, telling
+from gradalign.collectors.base import Collector, Loss
 from gradalign.collectors.parameters import OUTSIDE, Layout
 from gradalign.collectors.stacked import StackedCollector
 from gradalign.collectors.streamed import StreamedCollector
-from gradalign.distributed import Arriving, Ranks
+from gradalign.distributed import Arriving, Ranks, Row
 
 
 class RankedStackedCollector(Collector):
@@ -38,19 +39,22 @@ class RankedStackedCollector(Collector):
         super().__init__(layout, num_groups, shared_only=shared_only)
         self._ranks = ranks
         self._here = [StackedCollector(layout, 1) for _ in range(num_groups)]
+        for here in self._here:
+            here.must_reach = False  # another rank may
         self._shares = StackedCollector(_shares(layout, ranks), num_groups, shared_only=shared_only)
         self._arriving: list[Callable[[], Row]] = []
 
     def _collect(self, losses: Sequence[Loss]) -> None:
         for k, (here, loss) in enumerate(zip(self._here, losses, strict=True)):
-            here.add(0, loss, retain_graph=k + 1 < len(losses))
+            with telling(self._ranks, self.layout, last=self.last):
+                here.add(0, loss, retain_graph=k + 1 < len(losses))
             if self.last:
-                self._send(here)
+                self._send(here, loss[0])
 
     @torch.no_grad()
-    def _send(self, here: StackedCollector) -> None:
+    def _send(self, here: StackedCollector, name: str) -> None:
         row = here.row(0)
-        reached = self._ranks.agree([gradient is not None for gradient in row], self.layout.parameters[0].device)
+        reached = agreed(self._ranks, self.layout, name, row)
         self._arriving.append(self._ranks.split(self.layout, row, reached))
         here.discard()
 
@@ -131,6 +135,7 @@ class RankedStreamedCollector(StreamedCollector):
     ) -> None:
         self._ranks = ranks
         super().__init__(layout, num_groups, anchor=anchor, plain=plain, shared_only=shared_only)
+        self.must_reach = False  # another rank may
         self._matrices = []  # the average touches other rows than this rank's gradient
         auxiliaries = torch.arange(num_groups, device=self._device) != anchor
         self._unseen = auxiliaries.unsqueeze(0) & auxiliaries.unsqueeze(1)
@@ -138,23 +143,23 @@ class RankedStreamedCollector(StreamedCollector):
     def _begin(self) -> None:
         super()._begin()
         self._arriving = Arriving()
-        self._squares = self._G
+        self._squares: Tensor | None = None
 
-    def _reached(self, gradients: Row) -> list[bool]:
-        return self._ranks.agree(super()._reached(gradients), self._device)
+    def _differentiate(
+        self, loss: Loss, *, retain_graph: bool, take: Callable[[int, Tensor], bool], hooked: Iterable[int]
+    ) -> Row:
+        with telling(self._ranks, self.layout):
+            return super()._differentiate(loss, retain_graph=retain_graph, take=take, hooked=hooked)
+
+    def _reached(self, name: str, gradients: Row) -> list[bool]:
+        return agreed(self._ranks, self.layout, name, gradients)
 
     @torch.no_grad()
     def _keep(self, gradients: Row) -> None:
         super()._keep(gradients)
         reach = self._reach[self._anchor]
-        self._average(gradients, [i for i, block in enumerate(self.layout.blocks) if reach[i] and block != OUTSIDE])
-
-    def _average(self, row: Row, members: Sequence[int]) -> None:
-        """Begin to average these parameters' gradients; where this rank has none it has zeros."""
-        for i in members:
-            if row[i] is None:
-                row[i] = torch.zeros_like(self.layout.parameters[i], requires_grad=False)
-        self._arriving = self._ranks.average(self.layout, row, members)
+        inside = [i for i, block in enumerate(self.layout.blocks) if reach[i] and block != OUTSIDE]
+        self._arriving = self._ranks.average(self.layout, gradients, inside)
 
     @torch.no_grad()
     def reduce(self, k: int, members: Sequence[int], gradients: Sequence[Tensor]) -> None:
@@ -174,6 +179,7 @@ class RankedStreamedCollector(StreamedCollector):
 
     def squares(self, gramians: Tensor, outside: Tensor) -> Tensor:
         """Return numbers that are finite where a group's gradient is on all ranks, (B + 1, K)."""
+        assert self._squares is not None
         return self._squares
 
     @torch.no_grad()
@@ -193,8 +199,7 @@ class RankedStreamedCollector(StreamedCollector):
                 mine = self._alone.get(i, {}).get(alone[i])
                 # Autograd's own may be another parameter's too, or one that a hook keeps; it is averaged in place.
                 row[i] = None if mine is None else torch.empty_like(self.layout.parameters[i]).copy_(mine)
-        self._average(row, sorted([*outside, *alone]))
-        self._arriving.wait()
+        self._ranks.average(self.layout, row, sorted([*outside, *alone])).wait()
         for i in outside:
             self._lead[i] = row[i]
         self._alone = {i: {k: row[i]} for i, k in alone.items()}

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradalign.collectors.base import Loss, Row, check_gradients
+from gradalign.collectors.base import Loss, Owner, check_gradients, check_target, post_hooks
 from gradalign.collectors.parameters import OUTSIDE, Layout
 from gradalign.collectors.stacked import StackedCollector
-from gradalign.distributed import Ranks
-from gradalign.sharding import Shards, like, local, local_gradient
+from gradalign.distributed import Ranks, Row
+from gradalign.sharding import Shards, is_sharded, like, local, local_gradient
 
 
 class ShardedCollector(StackedCollector):
@@ -56,14 +56,18 @@ class ShardedCollector(StackedCollector):
         """Return this rank's parts of the gradients of one group, (T,)."""
         name, terms, factors = loss
         aside = [parameter.grad for parameter in self._whole]
+        hooks = [post_hooks(parameter) for parameter in self._whole]
+        held = [dict(of_parameter) for of_parameter in hooks]  # they are for what becomes p.grad
         try:
-            for parameter in self._whole:
+            for parameter, of_parameter in zip(self._whole, hooks, strict=True):
                 parameter.grad = None
+                of_parameter.clear()
             torch.autograd.backward(terms, factors, retain_graph=retain_graph)
             gradients = [local_gradient(parameter) for parameter in self._whole]
         finally:
-            for parameter, gradient in zip(self._whole, aside, strict=True):
+            for parameter, gradient, of_parameter, kept in zip(self._whole, aside, hooks, held, strict=True):
                 parameter.grad = gradient
+                of_parameter.update(kept)
         check_gradients(name, gradients)
         return [None if g is None else self._shards.average(i, g) for i, g in enumerate(gradients)]
 
@@ -74,7 +78,13 @@ class ShardedCollector(StackedCollector):
         return G[:-1], G[OUTSIDE]
 
     def check_targets(self) -> None:
-        """Do nothing: a DTensor is never expanded."""
+        """Raise ValueError where ``p.grad`` of a plain parameter cannot be added to in place."""
+        for parameter, count in zip(self._whole, self.counts(), strict=True):
+            if count and not is_sharded(parameter):
+                check_target(parameter)
+
+    def _new_owner(self) -> Owner:
+        return Owner(self.layout, disjoint=True)  # fully_shard makes those of a module pieces of one storage
 
     def _deposit(self, aligned: Row) -> None:
         """Add the aligned gradients, (T,), to ``p.grad``; where there is none, they become it."""

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradalign.collectors.base import Collector, Loss, Owner, Row, is_exclusive, large
+from gradalign.collectors.base import Collector, Loss, Owner, is_exclusive, large
 from gradalign.collectors.parameters import MOST_WHOLE, OUTSIDE, Layout
 from gradalign.collectors.plans import DensePlan, Kind, Plan, RowSparsePlan
 from gradalign.collectors.row_sparse import RowSparse, can_be_row_sparse, touched_rows, union
+from gradalign.distributed import Row
 from gradalign.gramian import accumulation_dtype, largest_whole, make_scratch
 
 # Bytes from which the C library takes an allocation's pages from the system each time. A parameter's first gradient of
@@ -63,7 +64,7 @@ class StackedCollector(Collector):
         self._rows: list[Row] = []
         self._leads: list[Any] = []  # for each parameter the first group that reaches it, None as long as none does
         self._touched: dict[int, Tensor] = {}  # a parameter whose lead is row-sparse: the rows that it touches
-        self._owner = Owner(layout)
+        self._owner = self._new_owner()
 
     def _collect(self, losses: Sequence[Loss]) -> None:
         for k, loss in enumerate(losses):
@@ -240,7 +241,8 @@ class StackedCollector(Collector):
             if self.scale is None:
                 aligned = align(block, joined)
             else:
-                aligned = align(block, [row.div_(self.scale) for row in joined]) * self.scale
+                scale = self.scale.to(joined[0].device)
+                aligned = align(block, [row.div_(scale) for row in joined]) * scale
             parts = aligned.split([self.layout.sizes[i] for i in members])
             for i, part in zip(members, parts, strict=True):
                 if self._leads[i] is not None:
@@ -268,7 +270,10 @@ class StackedCollector(Collector):
         """Drop the gradients in the rows."""
         super().discard()
         self._rows, self._leads, self._touched, self._row_sparse_plans = [], [], {}, None
-        self._owner = Owner(self.layout)
+        self._owner = self._new_owner()
+
+    def _new_owner(self) -> Owner:
+        return Owner(self.layout)
 
     def _planned(self) -> list[Plan]:
         """Return the plans for what the groups reach now, those of the last step where that is the same."""

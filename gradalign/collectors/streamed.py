@@ -12,10 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradalign.collectors.base import Collector, Loss, Owner, Row, large
+from gradalign.collectors.base import Collector, Loss, Owner, large
 from gradalign.collectors.combine import CombinePlan
 from gradalign.collectors.parameters import MOST_WHOLE, OUTSIDE, Layout
 from gradalign.collectors.row_sparse import RowSparse, can_be_row_sparse, touched_rows, union
+from gradalign.distributed import Row
 from gradalign.gramian import GramianPlan, accumulation_dtype, make_scratch
 
 # Elements of gradients that wait before they are reduced. On a CPU none: they are in the caches now; on an accelerator
@@ -93,14 +94,14 @@ class StreamedCollector(Collector):
                 take=waiting.take,
                 hooked=() if k == self._anchor else self._hooked,
             )
-            self._reach[k] = self._reached(gradients)
+            self._reach[k] = self._reached(losses[k][0], gradients)
             if k == self._anchor:
                 self._keep(gradients)
             else:
                 waiting.take_rest(gradients)
 
-    def _reached(self, gradients: Row) -> list[bool]:
-        """Return which parameters a group reaches that has these gradients."""
+    def _reached(self, name: str, gradients: Row) -> list[bool]:
+        """Return which parameters the group of this name reaches, which has these gradients."""
         return [gradient is not None for gradient in gradients]
 
     @torch.no_grad()

@@ -122,10 +122,25 @@ def test_other_errors_are_not_put_down_to_vmap():
 
 
 def test_losses_that_reach_nothing_are_refused():
-    _, optimizer = make(models.TwoHeads, "pcgrad", "batched")
+    model, optimizer = make(models.TwoHeads, "pcgrad", "batched")
     other = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="must reach a parameter"):
+    with pytest.raises(ValueError, match=r"`losses\['a'\]` must reach a parameter"):
         optimizer.backward({"a": other.sum(), "b": other.square().sum()})
+    with pytest.raises(ValueError, match=r"`losses\['b'\]` must reach a parameter"):
+        optimizer.backward({"a": model.losses()["first"], "b": other.sum()})
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_scaler_multiplies_every_group():
+    steps = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        model, optimizer = make(models.TwoHeads, "pcgrad", "batched")
+        optimizer.backward(model.losses(), scaler=scaler)
+        if scaler is not None:
+            assert_close(model.trunk.weight.grad, 2.0**10 * steps[0][0].trunk.weight.grad)
+            scaler.unscale_(optimizer)
+        steps.append((model, optimizer))
+    assert_same_step(*steps)
 
 
 def test_it_cannot_tell_which_parameters_are_shared():

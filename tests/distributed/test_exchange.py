@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -13,25 +11,12 @@ from torch import nn
 
 from gradalign import GradientAligner, rules
 from tests.distributed import processes
+from tests.distributed.small import Net
 
-WIDTH = 400  # a square matrix of it travels alone
 K = 3
 
 # On a ring an all-reduce is a reduce-scatter and an all-gather: twice the bytes of either.
 PRICES = {"all_reduce": 2, "reduce_scatter_tensor": 1, "all_gather_into_tensor": 1}
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(3)
-        self.body = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
-        self.head = nn.Linear(WIDTH, K)
-
-    def losses(self, rank, names=("a", "b", "c")):
-        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(rank))
-        outputs = self.head(self.body(x))
-        return {name: outputs[:, k].square().mean() for k, name in enumerate(names)}
 
 
 class Wire:
@@ -120,70 +105,6 @@ def test_the_anchor_is_on_its_way_while_an_auxiliary_s_backward_runs(counted):
     assert len(begun) == len(waited)
 
 
-def other_names(rank, size):
-    model = Net()
-    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "sum")
-    names = ("a", "b") if rank == 1 else ("a", "c")
-    with pytest.raises(ValueError, match="same loss groups") as caught:
-        optimizer.backward(model.losses(rank, names))
-    untouched = all(p.grad is None for p in model.parameters())
-    optimizer.backward(model.losses(rank))  # it goes on
-    return {"message": str(caught.value), "untouched": untouched}
-
-
-def test_ranks_with_other_groups_are_named(tmp_path):
-    for outcome in processes.run(other_names, 3, folder=tmp_path):
-        assert outcome["untouched"]
-        assert (
-            "['a', 'c'] (stacked) on rank 0; ['a', 'b'] (stacked) on rank 1; ['a', 'c'] (stacked) on rank 2"
-            in outcome["message"]
-        )
-        assert "pass a zero" in outcome["message"]
-
-
-def broken_on_one(rank, size):
-    seen = {}
-    for name, rule, nonfinite in (("raise", "pcgrad", "raise"), ("skip", "ga-soft", "skip")):
-        model = Net()
-        before = [p.detach().clone() for p in model.parameters()]
-        optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), rule, nonfinite=nonfinite)
-        losses = model.losses(rank)
-        if rank == 1:
-            losses["b"] = losses["b"] * torch.nan
-        try:
-            optimizer.backward(losses)
-            optimizer.step()
-            seen[name] = optimizer.skipped_steps
-        except FloatingPointError:
-            raise
-        except RuntimeError as error:
-            seen[name] = str(error)
-        seen[f"{name} stayed"] = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    return seen
-
-
-def test_what_is_not_finite_on_one_rank_is_seen_by_all(tmp_path):
-    for seen in processes.run(broken_on_one, 2, folder=tmp_path):
-        assert "loss group 'b' must be finite" in seen["raise"]
-        assert seen["skip"] == 1
-        assert seen["raise stayed"]
-        assert seen["skip stayed"]
-
-
-def other_parameters(rank, size):
-    model = Net()
-    model.body[0 if rank == 0 else 2].requires_grad_(False)  # of the same shapes
-    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "sum")
-    with pytest.raises(ValueError, match=r"others on ranks \[1\] than on \[0\]"):
-        optimizer.backward(model.losses(rank))
-    return {"untouched": all(p.grad is None for p in model.parameters())}
-
-
-def test_ranks_with_other_frozen_parameters_are_named(tmp_path):
-    for outcome in processes.run(other_parameters, 2, folder=tmp_path):
-        assert outcome.get("untouched"), outcome
-
-
 def alone(rank, size):
     torch.manual_seed(0)
     shared, p, q = (nn.Parameter(torch.randn(300, 300, dtype=torch.float64)) for _ in range(3))
@@ -203,40 +124,6 @@ def test_what_one_auxiliary_alone_reaches_is_averaged_in_memory_of_its_own(tmp_p
         assert outcome["unchanged"]
         for gradient in (outcome["p"], outcome["q"]):
             torch.testing.assert_close(gradient, expected)
-
-
-def overflows(rank, size):
-    model = Net()
-    head = nn.Linear(WIDTH, 1)  # reached by the auxiliary alone
-    optimizer = GradientAligner(torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1), "ga-soft")
-    losses = model.losses(rank, ("a", "b"))
-    losses["b"] = losses["b"] + (1e36 * head.weight.sum() if rank == 1 else 0.0 * head.weight.sum())
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    optimizer.backward(losses, scaler=scaler)
-    scaler.step(optimizer)
-    scaler.update()
-    return {"scale": scaler.get_scale()}
-
-
-def test_an_overflow_of_an_auxiliary_on_one_rank_lowers_the_scale_on_all(tmp_path):
-    assert processes.run(overflows, 2, folder=tmp_path) == [{"scale": 2.0**11}] * 2
-
-
-def dies(rank, size):
-    model = Net()
-    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "pcgrad")
-    optimizer.backward(model.losses(rank))
-    if rank == 1:
-        os._exit(1)
-    optimizer.zero_grad()
-    optimizer.backward(model.losses(rank))
-    return {}
-
-
-def test_a_rank_that_dies_gives_the_others_an_error(tmp_path):
-    alive, dead = processes.run(dies, 2, folder=tmp_path, timeout=timedelta(seconds=10))
-    assert dead is None
-    assert alive["raised"] in ("RuntimeError", "DistBackendError", "DistNetworkError")
 
 
 def in_pairs(rank, size):

@@ -1,0 +1,259 @@
+"""Ranks that do not agree, and errors on one of them: named on all, and none is left waiting."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import nn
+
+from gradalign import GradientAligner
+from tests.distributed import processes
+from tests.distributed.small import WIDTH, Net
+
+
+def other_names(rank, size):
+    model = Net()
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "sum")
+    names = ("a", "b") if rank == 1 else ("a", "c")
+    with pytest.raises(ValueError, match="same loss groups") as caught:
+        optimizer.backward(model.losses(rank, names))
+    untouched = all(p.grad is None for p in model.parameters())
+    optimizer.backward(model.losses(rank))  # it goes on
+    return {"message": str(caught.value), "untouched": untouched}
+
+
+def test_ranks_with_other_groups_are_named(tmp_path):
+    for outcome in processes.run(other_names, 3, folder=tmp_path):
+        assert outcome["untouched"]
+        assert (
+            "['a', 'c'] (stacked) on rank 0; ['a', 'b'] (stacked) on rank 1; ['a', 'c'] (stacked) on rank 2"
+            in outcome["message"]
+        )
+        assert "pass a zero" in outcome["message"]
+
+
+def broken_on_one(rank, size):
+    seen = {}
+    for name, rule, nonfinite in (("raise", "pcgrad", "raise"), ("skip", "ga-soft", "skip")):
+        model = Net()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), rule, nonfinite=nonfinite)
+        losses = model.losses(rank)
+        if rank == 1:
+            losses["b"] = losses["b"] * torch.nan
+        try:
+            optimizer.backward(losses)
+            optimizer.step()
+            seen[name] = optimizer.skipped_steps
+        except RuntimeError as error:
+            seen[name] = str(error)
+        seen[f"{name} stayed"] = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return seen
+
+
+def test_what_is_not_finite_on_one_rank_is_seen_by_all(tmp_path):
+    for seen in processes.run(broken_on_one, 2, folder=tmp_path):
+        assert "loss group 'b' must be finite" in seen["raise"]
+        assert seen["skip"] == 1
+        assert seen["raise stayed"]
+        assert seen["skip stayed"]
+
+
+def other_parameters(rank, size):
+    model = Net()
+    model.body[0 if rank == 0 else 2].requires_grad_(False)  # of the same shapes
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "sum")
+    with pytest.raises(ValueError, match=r"others on ranks \[1\] than on \[0\]"):
+        optimizer.backward(model.losses(rank))
+    return {"untouched": all(p.grad is None for p in model.parameters())}
+
+
+def test_ranks_with_other_frozen_parameters_are_named(tmp_path):
+    for outcome in processes.run(other_parameters, 2, folder=tmp_path):
+        assert outcome.get("untouched"), outcome
+
+
+def overflows(rank, size):
+    model = Net()
+    head = nn.Linear(WIDTH, 1)  # reached by the auxiliary alone
+    optimizer = GradientAligner(torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1), "ga-soft")
+    losses = model.losses(rank, ("a", "b"))
+    losses["b"] = losses["b"] + (1e36 * head.weight.sum() if rank == 1 else 0.0 * head.weight.sum())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    optimizer.backward(losses, scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    return {"scale": scaler.get_scale()}
+
+
+def test_an_overflow_of_an_auxiliary_on_one_rank_lowers_the_scale_on_all(tmp_path):
+    assert processes.run(overflows, 2, folder=tmp_path) == [{"scale": 2.0**11}] * 2
+
+
+def dies(rank, size):
+    model = Net()
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "pcgrad")
+    optimizer.backward(model.losses(rank))
+    if rank == 1:
+        os._exit(1)
+    optimizer.zero_grad()
+    optimizer.backward(model.losses(rank))
+    return {}
+
+
+def test_a_rank_that_dies_gives_the_others_an_error(tmp_path):
+    alive, dead = processes.run(dies, 2, folder=tmp_path, timeout=timedelta(seconds=10))
+    assert dead is None
+    assert alive["raised"] in ("RuntimeError", "DistBackendError", "DistNetworkError")
+
+
+def averaged(model, losses_of_ranks):
+    """The gradients of the mean of all ranks' losses, by plain autograd: of each group, the parameters' in one."""
+    names = losses_of_ranks[0].keys()
+    means = {name: sum(losses[name] for losses in losses_of_ranks) / len(losses_of_ranks) for name in names}
+    return {
+        name: torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(
+                    loss, list(model.parameters()), retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+            ]
+        )
+        for name, loss in means.items()
+    }
+
+
+def reaches_nothing_here(rank, size):
+    outcome = {}
+    for name, rule, group in (("stacked", "sum", "b"), ("streamed", "ga-soft", "b"), ("anchor", "ga-soft", "a")):
+        model = Net()
+        optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), rule)
+        losses = model.losses(rank, ("a", "b"))
+        if rank == 1:
+            losses[group] = torch.zeros((), requires_grad=True) * 1.0
+        optimizer.backward(losses)
+        outcome[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model = Net()
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "ga-soft")
+    losses = model.losses(rank, ("a", "b"))
+    anchor = losses["a"] if rank == 0 else torch.zeros((), requires_grad=True) * 1.0
+    optimizer.backward({"a": anchor}, probe=lambda: {"b": model.losses(rank, ("a", "b"))["b"]})
+    outcome["probed"] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return outcome
+
+
+def ga_soft(a, b, alpha=0.3):
+    return ((1 - alpha) + alpha * (a @ b) / (a @ a)) * a
+
+
+def test_a_group_may_reach_nothing_on_one_rank(tmp_path):
+    model = Net()
+    zero = 0.0 * model.head.bias.sum()
+    first, second = model.losses(0, ("a", "b")), model.losses(1, ("a", "b"))
+    without_b = averaged(model, [first, {**second, "b": zero}])
+    without_a = averaged(model, [first, {**second, "a": zero}])
+    expected = {
+        "stacked": without_b["a"] + without_b["b"],
+        "streamed": ga_soft(without_b["a"], without_b["b"]),
+        "anchor": ga_soft(without_a["a"], without_a["b"]),
+        "probed": ga_soft(without_a["a"], without_a["b"]),
+    }
+    for outcome in processes.run(reaches_nothing_here, 2, folder=tmp_path):
+        for name, gradient in expected.items():
+            assert (outcome[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+def failing(rank, size):
+    """Let rank 1 meet an error of its own in every place there is; all ranks then go on."""
+    outcome = {}
+    for name, rule, probing in (("stacked", "sum", False), ("streamed", "ga-soft", False), ("probed", "ga-soft", True)):
+        for place in ("hook", "target", "nowhere"):
+            model = Net()
+            optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), rule)
+            losses = model.losses(rank, ("a", "b"))
+            if rank == 1 and place == "hook":
+                losses["a" if probing else "b"].register_hook(refuse)
+            if rank == 1 and place == "target":
+                model.head.bias.grad = torch.zeros(()).expand(model.head.bias.shape)
+            error = ""
+            try:
+                if probing:
+                    second = losses["b"] if place == "nowhere" and rank == 1 else None  # no forward of its own
+                    optimizer.backward(
+                        {"a": losses["a"]},
+                        probe=lambda: {"b": second if second is not None else model.losses(rank, ("a", "b"))["b"]},  # noqa: B023
+                    )
+                else:
+                    if place == "nowhere":
+                        losses = {key: loss.detach().requires_grad_() * 1.0 for key, loss in losses.items()}
+                    optimizer.backward(losses)
+            except (RuntimeError, ValueError) as caught:
+                error = f"{type(caught).__name__}: {caught}"
+            others = [p for p in model.parameters() if p is not model.head.bias]
+            written = any(p.grad is not None for p in others)
+            model.head.bias.grad = None
+            optimizer.backward(model.losses(rank, ("a", "b")))
+            outcome[f"{name}, {place}"] = {"error": error, "written": written}
+    return outcome
+
+
+def refuse(gradient):
+    raise ValueError("mine alone")
+
+
+def test_an_error_on_one_rank_is_told_to_the_others_and_all_go_on(tmp_path):
+    healthy, broken = processes.run(failing, 2, folder=tmp_path)
+    assert "raised" not in healthy, healthy
+    for name, seen in healthy.items():
+        assert not seen["written"]
+        assert not broken[name]["written"]
+        if name in ("stacked, nowhere", "streamed, nowhere"):
+            assert "must reach a parameter" in seen["error"]
+            assert "must reach a parameter" in broken[name]["error"]
+        elif name == "probed, nowhere":
+            assert "an error in the probe) on rank 1" in seen["error"]
+            assert "must compute its losses within its call" in broken[name]["error"]
+        else:
+            assert seen["error"].startswith("GradAlignError: backward() must succeed on all ranks, got an error on [1]")
+            assert ("mine alone" if name.endswith("hook") else "`p.grad` must be") in broken[name]["error"]
+
+
+def out_of_step(rank, size):
+    messages = {}
+    model = Net()
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "pcgrad", update_every=2 - rank)
+    optimizer.backward(model.losses(rank))
+    messages["update_every"] = refused(optimizer, model.losses(rank))
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "pcgrad")
+    if rank == 0:
+        with optimizer.accumulate():
+            optimizer.backward(model.losses(rank))
+    messages["micro-batches"] = refused(optimizer, model.losses(rank))
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "pcgrad")
+    scaler = torch.amp.GradScaler("cpu") if rank == 0 else None
+    messages["scaler"] = refused(optimizer, model.losses(rank), scaler=scaler)
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "ga-soft")
+    messages["probe"] = refused(
+        optimizer,
+        {"a": model.losses(rank)["a"]},
+        probe=lambda: {"b" if rank == 0 else "c": model.losses(rank)["b"]},
+    )
+    return messages
+
+
+def refused(optimizer, losses, **options):
+    with pytest.raises(ValueError, match="must hold the same loss groups on all ranks") as caught:
+        optimizer.backward(losses, **options)
+    return str(caught.value)
+
+
+def test_ranks_that_are_out_of_step_are_named(tmp_path):
+    for messages in processes.run(out_of_step, 2, folder=tmp_path):
+        assert "(kept) on rank 0; ['a', 'b', 'c'] (stacked) on rank 1" in messages["update_every"]
+        assert "(stacked, micro-batch 2) on rank 0; ['a', 'b', 'c'] (stacked) on rank 1" in messages["micro-batches"]
+        assert "(stacked, scaled) on rank 0; ['a', 'b', 'c'] (stacked) on rank 1" in messages["scaler"]
+        assert "['b'] (probed) on rank 0; ['c'] (probed) on rank 1" in messages["probe"]
