@@ -240,6 +240,30 @@ def test_gradients_that_are_there_are_added_to():
     assert_close(aligned, 1 + (torch.tensor([2.0, -0.5]).double() @ J).float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("collector", ["stacked", "streamed"])
+def test_every_step_has_its_own_rows(collector):
+    model = Embedded()
+    aligner = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.0), GASoft(0.3), collector=collector)
+    steps = (
+        ([1, 2], [2, 3]),
+        (EVERY, range(1, V, 2)),
+        ([7], [9, 1]),
+        (None, None),
+        ([3], [3, 4]),
+        (EVERY, [5]),
+        ([5], EVERY),
+    )
+    for reach in steps:
+        aligner.zero_grad()
+        aligner.backward(model.losses(reach))
+        a, b = model.dense_rows(reach)
+        assert_close(aligner.report.gramian[0], torch.stack([a @ a, a @ b]), rtol=1e-10, atol=1e-12)
+        gradient = torch.cat(
+            [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()]
+        )
+        assert_close(gradient, ((0.7 + 0.3 * (a @ b) / (a @ a)) * a).float(), rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_of_earlier_steps_never_change():
     model = Embedded()
     aligner = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), Constant([2.0, -0.5]), collector="stacked")

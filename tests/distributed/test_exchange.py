@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from gradalign import GradientAligner, rules
+from gradalign import GradientAligner
 from tests.distributed import processes
 from tests.distributed.small import Net
 
@@ -130,16 +132,26 @@ def in_pairs(rank, size):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     gradients = {}
     for name, group in (("pairs", pairs[rank // 2]), ("alone", None)):
-        model = Net()
-        optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), rules.UPGrad(), process_group=group)
-        optimizer.backward(model.losses(rank))
-        gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        for rule in RULES:
+            model = Net()
+            inner = torch.optim.SGD(model.parameters(), lr=0.1)
+            model, optimizer = copy.deepcopy((model, GradientAligner(inner, rule, process_group=group)))
+            optimizer.backward(model.losses(rank))
+            gradients[f"{name}, {rule}"] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    with pytest.raises(TypeError, match="`process_group` must be 'auto' or None for an aligner to be pickled"):
+        pickle.dumps(GradientAligner(inner, rule, process_group=pairs[rank // 2]))
+    with pytest.raises(ValueError, match="one that this rank is a member of"):
+        GradientAligner(inner, rule, process_group=pairs[1 - rank // 2])
+    pickle.loads(pickle.dumps(optimizer))
     return gradients
 
 
-def reference(*ranks):
+RULES = ("upgrad", "ga-soft")
+
+
+def reference(rule, *ranks):
     model = Net()
-    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), rules.UPGrad())
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), rule)
     of_ranks = [model.losses(rank) for rank in ranks]
     optimizer.backward({name: sum(losses[name] for losses in of_ranks) / len(of_ranks) for name in of_ranks[0]})
     return torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -147,5 +159,41 @@ def reference(*ranks):
 
 def test_a_process_group_of_some_ranks_and_none_at_all(tmp_path):
     for rank, gradients in enumerate(processes.run(in_pairs, 4, folder=tmp_path)):
-        for name, expected in (("pairs", reference(rank // 2 * 2, rank // 2 * 2 + 1)), ("alone", reference(rank))):
-            assert (gradients[name] - expected).norm() < 1e-6 * expected.norm()
+        for name, ranks in (("pairs", (rank // 2 * 2, rank // 2 * 2 + 1)), ("alone", (rank,))):
+            for rule in RULES:
+                expected = reference(rule, *ranks)
+                assert (gradients[f"{name}, {rule}"] - expected).norm() < 1e-6 * expected.norm()
+
+
+def large_table(rank, size):
+    """A table whose gradients are row-sparse on each rank, and touch other rows on the average."""
+    gradients = {}
+    ranks = [rank] if size > 1 else [0, 1]
+    for name, rule in (("stacked", "pcgrad"), ("streamed", "ga-soft"), ("probed", "ga-soft")):
+        torch.manual_seed(2)
+        table, head = nn.Embedding(5000, 256), nn.Linear(256, 2)
+        optimizer = GradientAligner(torch.optim.SGD([*table.parameters(), *head.parameters()], lr=0.1), rule)
+        for step in range(2):  # the second touches other rows
+
+            def losses(key, table=table, head=head, step=step):
+                return {key: sum(table_losses(table, head, step, one)[key] for one in ranks) / len(ranks)}
+
+            optimizer.zero_grad()
+            if name == "probed":
+                optimizer.backward(losses("a"), probe=lambda losses=losses: losses("b"))
+            else:
+                optimizer.backward(losses("a") | losses("b"))
+            gradients[f"{name} {step}"] = torch.cat([table.weight.grad.flatten(), head.weight.grad.flatten()])
+    return gradients
+
+
+def table_losses(table, head, step, rank):
+    first, second = head(table(torch.arange(8) + 100 * rank + 1000 * step)).unbind(-1)
+    return {"a": first.square().mean(), "b": (second - first - 1).square().mean()}
+
+
+def test_row_sparse_gradients_of_each_rank(tmp_path):
+    expected = large_table(0, 1)
+    for gradients in processes.run(large_table, 2, folder=tmp_path):
+        for name, gradient in gradients.items():
+            assert (gradient - expected[name]).norm() < 1e-6 * expected[name].norm(), name

@@ -209,6 +209,41 @@ def test_shards_equal_one_process(outcomes, size, layout, name):
         assert error(ours["parameters"], reference["parameters"]) < 1e-8
 
 
+def beside(rank, size):
+    """What becomes of a ``p.grad`` that is there, of hooks and of memory."""
+    model = Net()
+    fsdp(model, size)
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "sum")
+    calls = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: calls.append(p.grad.to_local().clone()))
+    once = []
+    for _ in range(2):
+        optimizer.backward(losses_of(model, data(0, 0, rank)))
+        once.append([p.grad.to_local().clone() for p in model.parameters()])
+    storages = {g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in map(local, model.parameters())}
+    held = sum(storages.values())
+    model.zero_grad()
+    sum(losses_of(model, data(0, 0, rank)).values()).backward()
+    storages = {g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in map(local, model.parameters())}
+    return {"first": once[0], "second": once[1], "calls": calls, "held": held, "plainly": sum(storages.values())}
+
+
+def local(parameter):
+    return parameter.grad.to_local()
+
+
+def test_gradients_that_are_there_hooks_and_memory(tmp_path):
+    for outcome in processes.run(beside, 2, folder=tmp_path):
+        for one, two in zip(outcome["first"], outcome["second"], strict=True):
+            assert torch.allclose(two, 2 * one)
+        seen = [*outcome["first"], *outcome["second"]]  # a hook runs once a step, on what becomes p.grad
+        # and, after these, at the plain backward, which calls those of fully_shard's parameters as it likes
+        assert len(outcome["calls"]) >= len(seen)
+        assert all(torch.equal(a, b) for a, b in zip(outcome["calls"], seen, strict=False))
+        assert outcome["held"] <= outcome["plainly"]
+
+
 def too_small_a_mesh(rank, size):
     mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "tensor"))
     model = Net()

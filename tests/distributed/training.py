@@ -108,6 +108,7 @@ def train(case, rank, ranks):
                 "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
                 "gramian": report.gramian,
                 "weights": report.weights,
+                "collector": report.collector,
             }
         )
         if scaler is None:
