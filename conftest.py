@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-collect_ignore = [] if find_spec("triton") else ["gradalign/kernels"]  # doctests import what they are in
+# Doctests import the modules that they are in, and some need a package of an extra.
+_NEEDING = {"triton": "gradalign/kernels"} | {
+    package: f"gradalign/integrations/{package}.py"
+    for package in ("accelerate", "lightning", "tensorboard", "transformers")
+}
+collect_ignore = [module for package, module in _NEEDING.items() if not find_spec(package)]
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,7 @@ nitpicky = True
 _STANDARD_LIBRARY = "|".join(sorted(sys.stdlib_module_names))
 nitpick_ignore_regex = [
     # Documented elsewhere: a build must not need the network to look names up.
-    (r"py:.*", r"(numpy|torch)(\..*)?"),
+    (r"py:.*", r"(accelerate|lightning|numpy|torch|transformers)(\..*)?"),
     (r"py:.*", rf"({_STANDARD_LIBRARY})\..+"),
     # A type variable has no page.
     (r"py:class", r"gradalign\.multiexit\.policies\.PolicyT"),

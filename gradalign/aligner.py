@@ -210,6 +210,7 @@ class GradientAligner(WrappedOptimizer):
             RuntimeError: Micro-batches wait for the last ``backward``, the one outside ``accumulate()``.
         """
         if closure is not None:
+            self._skip_step = False  # an earlier backward's does not concern this step: the closure calls its own
             return step_unless(self._inner, closure, self._take_skip)
         return None if self._take_skip() else self._inner.step()
 

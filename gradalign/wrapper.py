@@ -218,7 +218,6 @@ def step_unless(inner: Optimizer, closure: Callable[[], float], vetoed: Callable
         GradAlignError: A later evaluation is vetoed: the inner step has moved parameters by then.
     """
     evaluations = 0
-    vetoed()  # what an earlier backward asked for does not concern this step: the closure calls its own
 
     def evaluate() -> float:
         nonlocal evaluations

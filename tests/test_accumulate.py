@@ -91,6 +91,24 @@ def test_a_closure_that_leaves_micro_batches_waiting_is_refused():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_a_closure_may_hold_the_last_micro_batch():
+    model, optimizer = make("sum")
+    with optimizer.accumulate():
+        optimizer.backward(losses_of(model, slice(0, 3)))
+
+    def closure():
+        losses = losses_of(model, slice(3, 6))
+        optimizer.backward(losses)
+        return sum(losses.values())
+
+    optimizer.step(closure)
+    plain = models.make(models.TwoHeads)
+    for rows in (slice(0, 3), slice(3, 6)):
+        sum(losses_of(plain, rows).values()).backward()
+    assert_close(model.trunk.weight.grad, plain.trunk.weight.grad)
+    assert not torch.equal(model.trunk.weight, plain.trunk.weight)
+
+
 def test_loading_a_state_does_not_end_the_accumulation():
     model, optimizer = make("sum")
     with optimizer.accumulate():

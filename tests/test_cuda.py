@@ -114,3 +114,16 @@ def on_device(model):
 def cpu_inputs(*shape):
     with torch.device("cpu"):
         return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+
+
+def test_a_state_that_was_loaded_onto_the_device_is_taken(tmp_path):
+    model, optimizer = make("pcgrad")
+    step(model, optimizer, *batch())
+    torch.save(optimizer.state_dict(), tmp_path / "run.pt")
+    step(model, optimizer, *batch())
+    _, again = make("pcgrad")
+    again.load_state_dict(torch.load(tmp_path / "run.pt", map_location="cuda", weights_only=True))
+    _, other = make("pcgrad")
+    other.load_state_dict(torch.load(tmp_path / "run.pt", weights_only=True))
+    states = [one.rule.state_dict()["generator"] for one in (again, other)]
+    assert torch.equal(*states)
