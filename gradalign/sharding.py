@@ -115,8 +115,3 @@ class Shards:
             dist.all_reduce(gradient, group=self._mesh.get_group(dimension))
             gradient /= self._mesh.size(dimension)
         return gradient
-
-
-def any_sharded(parameters: Sequence[Tensor]) -> bool:
-    """Return whether one of the parameters is a DTensor."""
-    return any(is_sharded(parameter) for parameter in parameters)

@@ -23,7 +23,6 @@ from gradalign.collectors.streamed import StreamedCollector
 from gradalign.distributed import Ranks
 from gradalign.kept import KeptWeights, Weighted
 from gradalign.rules import RowRule, Rule
-from gradalign.sharding import any_sharded
 
 
 @dataclass(frozen=True)
@@ -122,15 +121,14 @@ class Steps:
                 self.kept.forget()  # they are the weights of other parameters
             self._layout = layout
         names, ranks, scaled = tuple(groups), conditions.ranks, conditions.scale is not None
-        sharded = any_sharded(layout.parameters)
-        if sharded:
+        if layout.sharded:
             check_sharded(self._rule, self._choice, probe)
         else:  # sharded ones are differentiated by loss.backward(), which sees through it
             check_graphs(groups, batched=self._choice == "batched" and ranks is None)
         if self.pool.waiting:
             self._check_micro_batch(names, probe, scaled=scaled)
         else:
-            self._kind = self._kind_of(names, probe, layout, keep_rows=sharded or not conditions.last)
+            self._kind = self._kind_of(names, probe, layout, keep_rows=layout.sharded or not conditions.last)
             self._begun, self._scaled = names, scaled
         if ranks is not None and conditions.last:
             ranks.check_same_groups(names, self._manner(scaled=scaled), layout)
@@ -188,7 +186,7 @@ class Steps:
 
     def _stacked(self, key: str, layout: Layout, K: int, ranks: Ranks | None) -> AnyStacked:
         def make() -> AnyStacked:
-            if any_sharded(layout.parameters):
+            if layout.sharded:
                 return ShardedCollector(layout, K, ranks, shared_only=self._shared_only)
             if ranks is None:
                 return StackedCollector(layout, K, shared_only=self._shared_only)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradalign.errors import unknown_name
-from gradalign.sharding import local
+from gradalign.sharding import is_sharded, local
 
 MOST_WHOLE = 2**13
 """Gradients of more elements are taken as they lie in memory, so that they can be cut; the others keep their shape."""
@@ -49,6 +49,7 @@ class Layout:
         self.blocks = tuple(blocks)
         self.num_blocks = num_blocks
         # A parameter's own strides where it is dense: what loss.backward() makes, and what fused steps want.
+        self.sharded = any(is_sharded(p) for p in self.parameters)
         parts = [local(p) for p in self.parameters]
         self.strides = tuple(torch.empty_like(part, device="meta").stride() for part in parts)
         self.sizes = tuple(part.numel() for part in parts)

@@ -218,7 +218,7 @@ class StackedCollector(Collector):
         for plan in self._planned():
             block = plan.kind.block
             plan.combine(self._rows, list(table[block]), range(self.num_groups) if block == OUTSIDE else support)
-        return [None if k is None else self._rows[k][i] for i, k in enumerate(self._leads)]
+        return self._lead_row()
 
     @torch.no_grad()
     def write_rows(self, align: Callable[[int, list[Tensor]], Tensor], plain: Sequence[float]) -> None:
@@ -248,7 +248,7 @@ class StackedCollector(Collector):
                 if self._leads[i] is not None:
                     lead = self._rows[self._leads[i]][i]
                     lead.copy_(part.view(lead.shape))
-        self._deposit([None if k is None else self._rows[k][i] for i, k in enumerate(self._leads)])
+        self._deposit(self._lead_row())
         self.discard()
 
     def _joined(self, row: Row, members: Sequence[int]) -> Tensor:
@@ -271,6 +271,10 @@ class StackedCollector(Collector):
         super().discard()
         self._rows, self._leads, self._touched, self._row_sparse_plans = [], [], {}, None
         self._owner = self._new_owner()
+
+    def _lead_row(self) -> Row:
+        """Return for each parameter the gradient in place of which sums are formed."""
+        return [None if k is None else self._rows[k][i] for i, k in enumerate(self._leads)]
 
     def _new_owner(self) -> Owner:
         return Owner(self.layout)
