@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -16,10 +17,10 @@ from gradalign.arguments import (
     check_optimizer,
     check_own_state,
     check_probe,
-    check_process_group,
     check_rule,
     check_update_every,
 )
+from gradalign.collectors.agreement import telling
 from gradalign.collectors.base import Collector
 from gradalign.collectors.losses import Losses, broken_groups, check_losses
 from gradalign.collectors.parameters import Granularity, Scope, check_granularity, check_scope
@@ -112,11 +113,11 @@ class GradientAligner(WrappedOptimizer):
         check_choice("nonfinite", nonfinite, ("raise", "skip", "propagate"))
         check_collector(collector, self._rule, self._scope, self._granularity)
         check_update_every(update_every, self._rule)
-        check_process_group(process_group)
         self._choice: str = collector
         self._update_every = update_every
         self._nonfinite = nonfinite
         self._process_group = RanksOf(process_group)
+        self._process_group()  # raises what is wrong with it
         super().__init__(optimizer)
         self.skipped_steps = 0
         self._groups: tuple[str, ...] | None = None
@@ -159,17 +160,20 @@ class GradientAligner(WrappedOptimizer):
                 groups; the groups changed under a rule that remembers them; or the collector, the rule, the scope or
                 the granularity does not go with a probe.
             NonFiniteError: A group's gradient holds NaN or infinity, with ``nonfinite="raise"`` and no ``scaler``.
+            GradAlignError: Another rank has met an error.
         """
-        check_scaler(scaler)
-        check_process_group(self._process_group.process_group)
-        check_probe(probe, self._choice, self._rule, self._scope, self._granularity)
-        groups = check_losses(losses)
-        conditions = Conditions(
-            self._groups, scale_of(scaler, groups), self._process_group(), last=not self._accumulating
-        )
-        step = self._steps.begin(self.param_groups, groups, probe, conditions)
+        layout, ranks = self._steps.layout(self.param_groups, self._process_group())
+        compared = ranks if layout.shards is not None or not self._accumulating else None  # else nothing is sent
+        with telling(None if compared is None else partial(compared.give_up, layout)):
+            check_scaler(scaler)
+            check_probe(probe, self._choice, self._rule, self._scope, self._granularity)
+            groups = check_losses(losses)
+            conditions = Conditions(self._groups, scale_of(scaler, groups), ranks, last=not self._accumulating)
+            step = self._steps.begin(layout, groups, probe, conditions)
+        if compared is not None:
+            compared.check_same(tuple(groups), step.manner, layout)
         collector = step.collector
-        if self._skip_step and all(p.grad is None for p in collector.layout.parameters):
+        if self._skip_step and all(p.grad is None for p in collector.parameters):
             self._skip_step = False  # whoever reset p.grad, say model.zero_grad(), began a new step
         step.collect()
         if not self._accumulating:
@@ -318,7 +322,7 @@ class GradientAligner(WrappedOptimizer):
         if not self._propagates(collector) and self._broken(collector, weighted.names, *collector.gramians()):
             return
         collector.write(weighted.weights, weighted.support, weighted.plain)
-        self._steps.kept.fill(collector.layout.parameters)
+        self._steps.kept.fill(collector.parameters)
         self._steps.kept.spend()
 
     def _write(self, collector: Collector, gramians: Tensor, names: tuple[str, ...]) -> Tensor | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from gradalign import rules
@@ -113,6 +112,16 @@ def check_probe(probe: object, collector: str, rule: BaseRule, scope: object, gr
     check_whole(scope, granularity, "with a `probe`")
 
 
+def check_mesh(size: int, wanted: int) -> None:
+    """Raise ValueError unless the parameters' mesh of so many ranks holds as many as are to be averaged over."""
+    if wanted > size:
+        raise ValueError(
+            f"`process_group` must be None, or no larger than the parameters' device mesh of {size} ranks, got"
+            f" {wanted} ranks; data parallelism beside tensor parallelism is a dimension of the mesh here: fully_shard"
+            " the model over it."
+        )
+
+
 def check_sharded(rule: BaseRule, collector: str, probe: object) -> None:
     """Raise ValueError where this asks for more of DTensors than each rank's part of every group's gradient."""
     if not isinstance(rule, Rule):
@@ -153,28 +162,6 @@ def check_update_every(update_every: object, rule: BaseRule) -> None:
         raise ValueError(
             f"`update_every` must be 1 with {rule!r}, which has no weights to keep, got {update_every}; choose a rule"
             " of the Gramian."
-        )
-
-
-def check_process_group(process_group: object) -> None:
-    """Raise unless this says over which ranks gradients are averaged."""
-    if process_group is None or process_group == "auto":
-        return
-    running = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if running and not isinstance(process_group, torch.distributed.ProcessGroup):
-        if process_group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError(
-                "`process_group` must be one that this rank is a member of, got another's; pass each rank its own, or"
-                " None."
-            )
-        raise TypeError(
-            "`process_group` must be 'auto', a torch.distributed.ProcessGroup or None, got"
-            f" {type(process_group).__name__}; leave it out to average over all ranks."
-        )
-    if not running:
-        raise ValueError(
-            "`process_group` must be 'auto' or None while torch.distributed does not run, got"
-            f" {type(process_group).__name__}; call torch.distributed.init_process_group first."
         )
 
 

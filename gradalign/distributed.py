@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +19,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from gradalign.errors import GradAlignError
+
+# The names of later versions of torch, which warns of the earlier ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # Gradients of fewer elements travel together, copied into one message; larger ones go from where they are.
 _FEWEST_ALONE = 2**16
@@ -31,8 +36,11 @@ class Layout(Protocol):
     """What has to be known of the parameters."""
 
     parameters: tuple[Tensor, ...]
-    places: tuple[int, ...]
     sizes: tuple[int, ...]
+
+    @property
+    def checksum(self) -> int:
+        """The same number for the same parameters, frozen ones among them."""
 
     def flat(self, i: int, gradient: Tensor) -> Tensor:
         """Return a gradient of parameter i as it lies in memory, (numel,)."""
@@ -52,40 +60,52 @@ class Ranks:
     group: dist.ProcessGroup | None
     size: int
 
-    def check_same_groups(self, names: Sequence[str], how: str, layout: Layout) -> None:
-        """Raise ValueError on every rank unless all have the same loss groups and the same parameters, in order.
+    def check_same(self, names: Sequence[str], manner: str, layout: Layout) -> None:
+        """Raise on every rank unless all have the same loss groups and parameters, in order, and go on alike.
 
         Args:
             names: This rank's groups.
-            how: How this rank collects them; different ways exchange different things.
-            layout: The parameters. A frozen one is not among them, so that positions tell as well as shapes.
+            manner: How this rank goes on, in words; different ways exchange different things.
+            layout: The parameters.
+
+        Raises:
+            ValueError: They differ.
+            GradAlignError: Another rank has met an error.
         """
-        of_parameters = [
-            f"{place} {tuple(p.shape)} {p.dtype}" for place, p in zip(layout.places, layout.parameters, strict=True)
-        ]
-        mine = torch.tensor(
-            [zlib.crc32("\0".join(said).encode()) for said in ([how, *names], of_parameters)],
-            device=layout.parameters[0].device,
-        )
-        everybody = mine.new_empty(self.size * 2)
-        dist.all_gather_into_tensor(everybody, mine, group=self.group)
-        of_groups, of_layouts = everybody.view(self.size, 2).T.tolist()
-        if len(set(of_layouts)) > 1:
-            alike = [rank for rank, seen in enumerate(of_layouts) if seen == of_layouts[0]]
-            raise ValueError(
-                "`optimizer` must hold the same parameters on all ranks, the same ones of them frozen, got others on"
-                f" ranks {[rank for rank in range(self.size) if rank not in alike]} than on {alike}; build and freeze"
-                " the model alike everywhere."
-            )
-        if len(set(of_groups)) == 1:
+        numbers = [zlib.crc32(repr(list(names)).encode()), zlib.crc32(manner.encode()), layout.checksum]
+        mine = torch.tensor(numbers, device=layout.parameters[0].device)
+        everybody = mine.new_empty(self.size * len(numbers))
+        _all_gather(everybody, mine, group=self.group)
+        of_groups, of_manners, of_layouts = (len(set(seen)) > 1 for seen in everybody.view(self.size, -1).T.tolist())
+        if not (of_groups or of_manners or of_layouts):
             return
         said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, (how, list(names)), group=self.group)
-        listed = "; ".join(f"{groups} ({how}) on rank {rank}" for rank, (how, groups) in enumerate(said))
+        dist.all_gather_object(said, (manner, list(names), layout.checksum), group=self.group)
+        if failed := [rank for rank, (how, _, _) in enumerate(said) if how == _GIVEN_UP]:
+            raise _elsewhere(failed)
+        if of_layouts:
+            alike = [rank for rank, (_, _, checksum) in enumerate(said) if checksum == said[0][2]]
+            raise ValueError(
+                "`optimizer` must hold the same parameters on all ranks, the same ones of them frozen and in the same"
+                f" blocks, got others on ranks {sorted(set(range(self.size)) - set(alike))} than on {alike}; build and"
+                " freeze the model alike everywhere."
+            )
+        if of_groups:
+            listed = "; ".join(f"{groups} on rank {rank}" for rank, (_, groups, _) in enumerate(said))
+            raise ValueError(
+                f"`losses` must hold the same loss groups on all ranks, got {listed}; pass a zero, such as"
+                " 0 * output.sum(), for what a rank has no data of."
+            )
+        listed = "; ".join(f"{how} on rank {rank}" for rank, (how, _, _) in enumerate(said))
         raise ValueError(
-            f"`losses` must hold the same loss groups on all ranks, got {listed}; pass a zero, such as"
-            " 0 * output.sum(), for what a rank has no data of."
+            f"backward() must go on alike on all ranks, got {listed}; make the aligners with the same arguments, and"
+            " call backward as often, with a probe or scaler on all or none."
         )
+
+    def give_up(self, layout: Layout) -> None:
+        """Take part in the others' ``check_same`` after an error on this rank, so that they do not wait."""
+        with suppress(ValueError, GradAlignError):
+            self.check_same((), _GIVEN_UP, layout)
 
     def agree(self, layout: Layout, reached: Sequence[bool] | None) -> list[bool]:
         """Return for each parameter whether any rank reaches it.
@@ -104,11 +124,7 @@ class Ranks:
         dist.all_reduce(mask, dist.ReduceOp.MAX, group=self.group)
         agreed = [bool(one) for one in mask.tolist()]
         if reached is not None and any(agreed[T:]):
-            ranks = [rank for rank, failed in enumerate(agreed[T:]) if failed]
-            raise GradAlignError(
-                f"backward() must succeed on all ranks, got an error on {ranks}, which says there what it is; nothing"
-                " was written here."
-            )
+            raise _elsewhere([rank for rank, failed in enumerate(agreed[T:]) if failed])
         return agreed[:T]
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -171,7 +187,7 @@ class Ranks:
             for i, place in zip(members, message.split(lengths, dim=1), strict=True):
                 _fill(place, None if row[i] is None else layout.flat(i, row[i]))
             mine = torch.empty(sum(lengths), dtype=like.dtype, device=like.device)
-            work = dist.reduce_scatter_tensor(mine, message.view(-1), group=self.group, async_op=True)
+            work = _reduce_scatter(mine, message.view(-1), group=self.group, async_op=True)
             works.append((work, mine, message))  # which has to live until it has been sent
             for i, piece in zip(members, mine.split(lengths), strict=True):
                 share[i] = piece
@@ -192,7 +208,7 @@ class Ranks:
             lengths = [self.length(layout, i) for i in members]
             mine = torch.cat([share[i] for i in members])
             message = mine.new_empty(self.size, sum(lengths))
-            dist.all_gather_into_tensor(message.view(-1), mine, group=self.group)
+            _all_gather(message.view(-1), mine, group=self.group)
             for i, place in zip(members, message.split(lengths, dim=1), strict=True):
                 row[i] = torch.empty_like(layout.parameters[i], requires_grad=False)
                 _take(place, layout.flat(i, row[i]))
@@ -241,6 +257,16 @@ class Arriving:
         return arrived
 
 
+_GIVEN_UP = "an error"
+
+
+def _elsewhere(ranks: Sequence[int]) -> GradAlignError:
+    return GradAlignError(
+        f"backward() must succeed on all ranks, got an error on {list(ranks)}, which says there what it is; nothing was"
+        " written here."
+    )
+
+
 def _fill(place: Tensor, flat: Tensor | None) -> None:
     """Write a gradient (P,) into N pieces (N, n), zeros behind it."""
     if flat is None:
@@ -277,12 +303,38 @@ class RanksOf:
     process_group: Any
 
     def __call__(self) -> Ranks | None:
-        """Return the ranks to average over; None for this one alone."""
-        if self.process_group is None or not (dist.is_available() and dist.is_initialized()):
+        """Return the ranks to average over; None for this one alone.
+
+        Raises:
+            TypeError: It is something else than a process group.
+            ValueError: ``torch.distributed`` does not run, or the group is one that this rank is no member of.
+        """
+        running = dist.is_available() and dist.is_initialized()
+        if self.process_group not in (None, "auto"):
+            self._check(running=running)
+        if self.process_group is None or not running:
             return None
         group = None if self.process_group == "auto" else self.process_group
         size = dist.get_world_size(group)
         return Ranks(group, size) if size > 1 else None
+
+    def _check(self, *, running: bool) -> None:
+        group = self.process_group
+        if not running:
+            raise ValueError(
+                "`process_group` must be 'auto' or None while torch.distributed does not run, got"
+                f" {type(group).__name__}; call torch.distributed.init_process_group first."
+            )
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "`process_group` must be one that this rank is a member of, got another's; pass each rank its own, or"
+                " None."
+            )
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                "`process_group` must be 'auto', a torch.distributed.ProcessGroup or None, got"
+                f" {type(group).__name__}; leave it out to average over all ranks."
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RanksOf:
         """Return this, which does not change."""

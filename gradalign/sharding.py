@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch import distributed as dist
 
+from gradalign.distributed import Ranks
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -59,7 +61,9 @@ class Shards:
         parameters: The parameters. A plain one is held by all ranks alike.
 
     Attributes:
+        ranks: The ranks of the mesh.
         copies: For each parameter, how many ranks hold each of its elements.
+        plain: The numbers of those that are no DTensors: nobody has averaged their gradients.
 
     Raises:
         ValueError: The parameters lie on meshes of which none holds all ranks of the others.
@@ -68,13 +72,16 @@ class Shards:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._mesh: DeviceMesh = max((p.device_mesh for p in parameters if is_sharded(p)), key=lambda mesh: mesh.size())  # type: ignore[attr-defined]
         self.size = self._mesh.size()
+        self.ranks = Ranks(self._group(), self.size)
         ranks = set(self._mesh.mesh.flatten().tolist())
         self.copies: list[int] = []
         self._missing: list[list[int]] = []  # the dimensions of the mesh that a parameter's own lacks
-        for parameter in parameters:
+        self.plain: list[int] = []
+        for place, parameter in enumerate(parameters):
             if not is_sharded(parameter):
                 self.copies.append(len(ranks))
-                self._missing.append(list(range(self._mesh.ndim)))
+                self._missing.append([])
+                self.plain.append(place)
                 continue
             mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
             if not ranks >= set(mesh.mesh.flatten().tolist()):
@@ -89,6 +96,14 @@ class Shards:
             self.copies.append(len(ranks) // pieces)
             self._missing.append(self._dimensions_beside(mesh))
 
+    def _group(self) -> dist.ProcessGroup | None:
+        """Return the process group of the whole mesh."""
+        if self._mesh.ndim == 1:
+            return self._mesh.get_group(0)
+        if self.size == dist.get_world_size():
+            return None
+        return self._mesh._flatten().get_group()
+
     def _dimensions_beside(self, mesh: DeviceMesh) -> list[int]:
         if mesh.size() == self.size:
             return []
@@ -101,15 +116,8 @@ class Shards:
             )
         return [dimension for dimension, name in enumerate(of_whole) if name not in of_part]
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over the ranks of the mesh, the same bits on all."""
-        total = tensor.clone()
-        for dimension in range(self._mesh.ndim):
-            dist.all_reduce(total, group=self._mesh.get_group(dimension))
-        return total
-
     def average(self, i: int, gradient: Tensor) -> Tensor:
-        """Return the mean of parameter i's gradient over the dimensions along which nobody has averaged it."""
+        """Return the mean of a DTensor's gradient over the dimensions of the mesh that its own lacks."""
         for dimension in self._missing[i]:
             gradient = gradient.clone()
             dist.all_reduce(gradient, group=self._mesh.get_group(dimension))

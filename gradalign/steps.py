@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradalign.arguments import check_anchor, check_parameters, check_sharded, rescales_anchor
+from gradalign.arguments import check_anchor, check_mesh, check_parameters, check_sharded, rescales_anchor
 from gradalign.collectors.base import Collector, Loss
 from gradalign.collectors.batched import BatchedCollector
 from gradalign.collectors.graphs import check_graphs
@@ -51,6 +51,7 @@ class Step:
         names: The groups' names; of a probed step the anchor's alone, for the others are known once it is evaluated.
         losses: What is differentiated.
         conditions: Under which it is taken.
+        manner: How it is collected, in words, which have to be the same on all ranks.
         weighted: The weights, where those of an earlier step are kept.
     """
 
@@ -58,6 +59,7 @@ class Step:
     names: tuple[str, ...]
     losses: list[Loss]
     conditions: Conditions
+    manner: str
     weighted: Weighted | None = None
 
     def collect(self) -> None:
@@ -100,46 +102,51 @@ class Steps:
         self._scaled = False
         self._layout: Layout | None = None
 
-    def begin(
-        self,
-        param_groups: Sequence[Mapping[str, Any]],
-        groups: dict[str, Terms],
-        probe: Probe | None,
-        conditions: Conditions,
-    ) -> Step:
-        """Return the step that these losses make, or raise ValueError where they do not fit.
+    def layout(self, param_groups: Sequence[Mapping[str, Any]], chosen: Ranks | None) -> tuple[Layout, Ranks | None]:
+        """Return the layout of the parameters that require a gradient now, and the ranks to sum over.
 
         Args:
             param_groups: The optimizer's.
-            groups: The losses, checked.
-            probe: The user's, checked.
-            conditions: Under which they are differentiated.
+            chosen: The ranks to average over. DTensors are summed over the ranks of their mesh.
         """
         layout = self.pool.layout(param_groups)
         if layout is not self._layout:
             if self._layout is not None:
                 self.kept.forget()  # they are the weights of other parameters
             self._layout = layout
+        if layout.shards is None:
+            return layout, chosen
+        check_mesh(layout.shards.size, 1 if chosen is None else chosen.size)
+        return layout, layout.shards.ranks
+
+    def begin(self, layout: Layout, groups: dict[str, Terms], probe: Probe | None, conditions: Conditions) -> Step:
+        """Return the step that these losses make, or raise ValueError where they do not fit.
+
+        Args:
+            layout: The parameters.
+            groups: The losses, checked.
+            probe: The user's, checked.
+            conditions: Under which they are differentiated.
+        """
         names, ranks, scaled = tuple(groups), conditions.ranks, conditions.scale is not None
-        if layout.sharded:
+        if layout.shards is not None:
             check_sharded(self._rule, self._choice, probe)
         else:  # sharded ones are differentiated by loss.backward(), which sees through it
             check_graphs(groups, batched=self._choice == "batched" and ranks is None)
         if self.pool.waiting:
             self._check_micro_batch(names, probe, scaled=scaled)
         else:
-            self._kind = self._kind_of(names, probe, layout, keep_rows=layout.sharded or not conditions.last)
+            self._kind = self._kind_of(names, probe, layout, keep_rows=layout.shards is not None or not conditions.last)
             self._begun, self._scaled = names, scaled
-        if ranks is not None and conditions.last:
-            ranks.check_same_groups(names, self._manner(scaled=scaled), layout)
+        manner = self._manner(scaled=scaled)
         if self._kind == "kept":
-            return self._with_kept_weights(layout, groups, conditions)
+            return self._with_kept_weights(layout, groups, conditions, manner)
         if self._kind == "probed" and probe is not None:
             collector: Collector = self._probed(layout, groups, probe, ranks)
         else:
             self._check_groups(names, conditions.known)
             collector = self._exact(layout, names, ranks)
-        return Step(collector, names, [(name, terms, None) for name, terms in groups.items()], conditions)
+        return Step(collector, names, [(name, terms, None) for name, terms in groups.items()], conditions, manner)
 
     def finish(self, step: Step) -> tuple[str, ...]:
         """Return the names of all groups of the step, those of a probe too, which is evaluated.
@@ -167,34 +174,27 @@ class Steps:
         return self._stacked("stacked", layout, len(names), ranks)
 
     def _streamed(self, layout: Layout, names: tuple[str, ...], ranks: Ranks | None) -> StreamedCollector:
-        (anchor,), plain, K, shared = (
-            self._support(names),
-            self._rule.plain_weights(names),
-            len(names),
-            self._shared_only,
-        )
+        (anchor,), plain, K = self._support(names), self._rule.plain_weights(names), len(names)
 
         def make() -> StreamedCollector:
+            shared_only = self._shared_only
             if ranks is None:
-                return StreamedCollector(layout, K, anchor=anchor, plain=plain, shared_only=shared)
-            return RankedStreamedCollector(layout, K, ranks, anchor=anchor, plain=plain, shared_only=shared)
+                return StreamedCollector(layout, K, anchor=anchor, plain=plain, shared_only=shared_only)
+            return RankedStreamedCollector(layout, K, ranks, anchor=anchor, plain=plain, shared_only=shared_only)
 
-        return self.pool.get(
-            ("streamed", len(names), anchor, plain, ranks),
-            make,
-        )
+        return self.pool.get(("streamed", K, anchor, plain, ranks), make)
 
     def _stacked(self, key: str, layout: Layout, K: int, ranks: Ranks | None) -> AnyStacked:
         def make() -> AnyStacked:
-            if layout.sharded:
-                return ShardedCollector(layout, K, ranks, shared_only=self._shared_only)
+            if layout.shards is not None:
+                return ShardedCollector(layout, K, layout.shards, shared_only=self._shared_only)
             if ranks is None:
                 return StackedCollector(layout, K, shared_only=self._shared_only)
             return RankedStackedCollector(layout, K, ranks, shared_only=self._shared_only)
 
         return self.pool.get((key, K, ranks), make)
 
-    def _with_kept_weights(self, layout: Layout, groups: dict[str, Terms], conditions: Conditions) -> Step:
+    def _with_kept_weights(self, layout: Layout, groups: dict[str, Terms], conditions: Conditions, manner: str) -> Step:
         names = self.kept.names
         weighted = self.kept.apply(
             groups,
@@ -204,7 +204,7 @@ class Steps:
             everything=self._everything,
         )
         collector = self._stacked("kept", layout, len(weighted.losses), conditions.ranks)
-        return Step(collector, names, weighted.losses, conditions, weighted)
+        return Step(collector, names, weighted.losses, conditions, manner, weighted)
 
     def _check_micro_batch(self, names: tuple[str, ...], probe: Probe | None, *, scaled: bool) -> None:
         """Raise ValueError unless this micro-batch is like the first of its step."""
@@ -245,7 +245,7 @@ class Steps:
     def _manner(self, *, scaled: bool) -> str:
         """Return how this step goes on, in words, which have to be the same on all ranks."""
         waiting = self.pool.current.pending if self.pool.waiting and self.pool.current is not None else 0
-        words = [self._kind]
+        words = [f"{self._rule!r}, {self._kind}"]
         if waiting:
             words.append(f"micro-batch {waiting + 1}")
         elif self.pool.waiting:

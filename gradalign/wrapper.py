@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, cast, overload
@@ -199,8 +200,15 @@ class AlignmentState:
                 f" {sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__};"
                 " for optimizer.state_dict() there is optimizer.load_state_dict()."
             )
-        # On the host, whatever device they were saved from: each rank has another, and moves them there when it steps.
-        self._optimizer._load(torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True), None)
+        try:
+            # On the host, whatever device they were saved from: each rank has another, and moves them when it steps.
+            state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                "`state_dict` must hold under 'gradalign' the bytes that alignment_state.state_dict() returned, got"
+                f" {len(saved)} others; read the checkpoint again."
+            ) from error
+        self._optimizer._load(state, None)
 
 
 def step_unless(inner: Optimizer, closure: Callable[[], float], vetoed: Callable[[], bool]) -> float:

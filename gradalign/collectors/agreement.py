@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from gradalign.collectors.base import check_target, reaches_nothing
+from gradalign.collectors.base import reaches_nothing
 from gradalign.collectors.parameters import Layout
 from gradalign.distributed import Ranks, Row
 
 
 @contextmanager
-def telling(ranks: Ranks | None, layout: Layout, *, last: bool = True) -> Iterator[None]:
-    """Let the other ranks know of an error within, at the place where they wait for ``agreed``.
+def telling(tell: Callable[[], object] | None) -> Iterator[None]:
+    """Tell the other ranks of an error within, at the place where they wait; None where nobody does.
 
-    Args:
-        ranks: The ranks; None for this one alone.
-        layout: The parameters. One with a ``p.grad`` that cannot be added to is an error here already.
-        last: The micro-batch is the last one of its step; before, nobody waits.
+    An interrupt goes untold: the others may be elsewhere, and whoever pressed the key would wait for them.
     """
-    if ranks is None or not last:
-        yield
-        return
     try:
-        for parameter in layout.parameters:
-            check_target(parameter)
         yield
-    except BaseException:
-        ranks.agree(layout, None)
+    except Exception:
+        if tell is not None:
+            tell()
         raise
 
 

@@ -5,9 +5,9 @@ Shapes: K groups, T parameters, B blocks.
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -33,6 +33,7 @@ class Collector(ABC):
         layout: The parameters and their blocks.
         num_groups: K.
         shared_only: Parameters that a single group reaches count as outside the scope.
+        must_reach: Every group has to reach a parameter on this rank; else whoever sums over ranks sees to it.
 
     Attributes:
         name: What the user calls it.
@@ -40,19 +41,18 @@ class Collector(ABC):
         pending: Micro-batches whose gradients wait.
         scale: What the losses of this step are multiplied by, or None.
         last: The micro-batch at hand is the last one of its step.
-        must_reach: Every group has to reach a parameter; else whoever sums over ranks sees to it.
         spoiled: An error lost the gradients of earlier micro-batches; ``discard`` forgets it.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, layout: Layout, num_groups: int, *, shared_only: bool = False) -> None:
+    def __init__(self, layout: Layout, num_groups: int, *, shared_only: bool = False, must_reach: bool = True) -> None:
         self.layout = layout
         self.num_groups = num_groups
         self.derivative: str | None = None
         self.scale: Tensor | None = None
         self.last = True
-        self.must_reach = True
+        self._must_reach = must_reach
         self.pending = 0
         self.spoiled = False
         self._shared_only = shared_only
@@ -128,9 +128,14 @@ class Collector(ABC):
         self.pending = 0
         self.spoiled = False
 
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """The parameters whose ``p.grad`` is written."""
+        return self.layout.parameters
+
     def check_targets(self) -> None:
         """Raise ValueError where ``p.grad`` holds something that a gradient cannot be added to in place."""
-        for parameter, count in zip(self.layout.parameters, self.counts(), strict=True):
+        for parameter, count in zip(self.parameters, self.counts(), strict=True):
             if count:
                 check_target(parameter)
 
@@ -165,15 +170,14 @@ class Collector(ABC):
         handles = [parameters[i].register_hook(_taker(take, i, name)) for i in hooked]
         try:
             # autograd.grad, not backward: it leaves p.grad alone, and never starts the reducer of DDP.
-            gradients = torch.autograd.grad(terms, parameters, factors, retain_graph=retain_graph, allow_unused=True)
-        except RuntimeError as error:
-            if "donated buffer" in str(error):
-                raise _used_up(name) from error
-            raise
+            with explaining(name):
+                gradients = torch.autograd.grad(
+                    terms, parameters, factors, retain_graph=retain_graph, allow_unused=True
+                )
         finally:
             for handle in handles:
                 handle.remove()
-        check_gradients(name, gradients, must_reach=self.must_reach)
+        check_gradients(name, gradients, must_reach=self._must_reach)
         return list(gradients)
 
     @abstractmethod
@@ -188,7 +192,7 @@ class Collector(ABC):
 
     def _deposit(self, aligned: Row) -> None:
         """Add the aligned gradients, (T,), to ``p.grad``; where there is none, they become it."""
-        pairs = zip(self.layout.parameters, aligned, strict=True)
+        pairs = zip(self.parameters, aligned, strict=True)
         targets = [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
         if present := [(p.grad, gradient) for p, gradient in targets if p.grad is not None]:
             torch._foreach_add_([old for old, _ in present], [new for _, new in present])
@@ -221,6 +225,12 @@ def check_target(parameter: Tensor) -> None:
             f"`p.grad` must be None or a dense tensor with memory of its own, got {kind} for a parameter of"
             f" shape {tuple(parameter.shape)}; call zero_grad() before backward, or clone() it."
         )
+
+
+def check_all_targets(parameters: Iterable[Tensor]) -> None:
+    """Raise ValueError where a ``p.grad`` cannot be added to, whether or not a group reaches it."""
+    for parameter in parameters:
+        check_target(parameter)
 
 
 def check_gradients(name: str, gradients: Sequence[Tensor | None], *, must_reach: bool = True) -> None:
@@ -258,52 +268,6 @@ def large(sizes: Sequence[int]) -> list[int]:
     return []
 
 
-class Owner:
-    """Tells which gradients of one step are nobody else's, and copies the others, so that each can be changed.
-
-    Args:
-        layout: The parameters.
-        disjoint: Gradients that share a storage are different pieces of it, unless they begin at the same place.
-    """
-
-    def __init__(self, layout: Layout, *, disjoint: bool = False) -> None:
-        self._layout = layout
-        self._disjoint = disjoint
-        self._places: dict[int, tuple[int, int]] = {}  # some memory: whose it is, by row and parameter
-
-    def own(self, row: Row, members: Sequence[int]) -> None:
-        """Put into ``row`` gradients in the layout's strides that share memory with none seen before.
-
-        Autograd returns one tensor for two parameters that are only ever added, and a function of the user's may
-        return a tensor that it keeps. As torch's own accumulation into ``p.grad`` does, this goes by who refers to
-        the tensor; a view that a function keeps of its result goes unseen, there and here.
-        """
-        for i in members:
-            mine = (id(row), i)
-            if self._layout.is_laid_out(i, row[i]):
-                if _references(row, i) > _UNSHARED or self._places.get(self._memory(row[i]), mine) != mine:
-                    row[i] = row[i].clone()
-            else:
-                row[i] = self._layout.laid_out(i, row[i])
-            self._places[self._memory(row[i])] = mine
-
-    def _memory(self, gradient: Tensor) -> int:
-        return gradient.data_ptr() if self._disjoint else gradient.untyped_storage().data_ptr()
-
-
-def is_exclusive(tensor: Tensor) -> bool:
-    """Return whether no other tensor shares this one's memory; False where torch does not tell."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    return count is not None and count(tensor.untyped_storage()._cdata) <= 2  # the tensor and the storage asked
-
-
-def _references(row: Sequence[object], i: int) -> int:
-    return sys.getrefcount(row[i])
-
-
-_UNSHARED = _references([object()], 0)
-
-
 def _taker(take: Callable[[int, Tensor], bool], i: int, name: str) -> Callable[[Tensor], Tensor | None]:
     def hook(gradient: Tensor) -> Tensor | None:
         if gradient.layout != torch.strided:
@@ -312,6 +276,17 @@ def _taker(take: Callable[[int, Tensor], bool], i: int, name: str) -> Callable[[
             return gradient.new_zeros(()).expand(gradient.shape) if take(i, gradient) else None
 
     return hook
+
+
+@contextmanager
+def explaining(name: str) -> Iterator[None]:
+    """Say what to do where the backward of this group finds that another's has used up what it needs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffer" in str(error):
+            raise _used_up(name) from error
+        raise
 
 
 def _used_up(name: str) -> ValueError:

@@ -5,14 +5,16 @@ A *block* is what shares one Gramian.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gradalign.errors import unknown_name
-from gradalign.sharding import is_sharded, local
+from gradalign.sharding import Shards, is_sharded, local
 
 MOST_WHOLE = 2**13
 """Gradients of more elements are taken as they lie in memory, so that they can be cut; the others keep their shape."""
@@ -49,10 +51,16 @@ class Layout:
         self.blocks = tuple(blocks)
         self.num_blocks = num_blocks
         # A parameter's own strides where it is dense: what loss.backward() makes, and what fused steps want.
-        self.sharded = any(is_sharded(p) for p in self.parameters)
+        self.shards = Shards(self.parameters) if any(is_sharded(p) for p in self.parameters) else None
         parts = [local(p) for p in self.parameters]
         self.strides = tuple(torch.empty_like(part, device="meta").stride() for part in parts)
         self.sizes = tuple(part.numel() for part in parts)
+
+    @cached_property
+    def checksum(self) -> int:
+        """The same number for the same parameters, the same of them frozen, in the same blocks."""
+        said = zip(self.places, self.blocks, (f"{tuple(p.shape)} {p.dtype}" for p in self.parameters), strict=True)
+        return zlib.crc32(repr(list(said)).encode())
 
     def is_laid_out(self, i: int, gradient: Tensor) -> bool:
         """Return whether a dense gradient of parameter i has the layout's strides."""

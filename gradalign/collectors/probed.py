@@ -6,14 +6,14 @@ Shapes: K groups, T parameters; the anchor is group 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradalign.collectors.agreement import agreed, telling
-from gradalign.collectors.base import Collector, Loss
+from gradalign.collectors.base import Collector, Loss, check_all_targets
 from gradalign.collectors.directional import DirectionalDerivatives
 from gradalign.collectors.losses import Losses, Terms, check_losses
 from gradalign.collectors.parameters import Layout
@@ -40,8 +40,7 @@ class ProbedCollector(Collector):
     def __init__(self, layout: Layout, ranks: Ranks | None = None) -> None:
         super().__init__(layout, 1)
         self._ranks = ranks
-        self._anchor = StackedCollector(layout, 1)
-        self._anchor.must_reach = ranks is None  # else another rank may
+        self._anchor = StackedCollector(layout, 1, must_reach=ranks is None)
         self._derivatives = DirectionalDerivatives()
         self._probes: list[Probe] = []
         self._row: dict[str, Tensor] = {}
@@ -60,8 +59,15 @@ class ProbedCollector(Collector):
         self._probes.append(probe)
 
     def _collect(self, losses: Sequence[Loss]) -> None:
-        with telling(self._ranks, self.layout, last=self.last):
+        with telling(None if self._ranks is None or not self.last else partial(self._ranks.agree, self.layout, None)):
+            if self._ranks is not None:
+                check_all_targets(self.parameters)
             self._anchor.collect(losses)  # scaled already, and scaled back before the probe moves along it
+
+    def check_targets(self) -> None:
+        """Raise ValueError where ``p.grad`` cannot be added to; over ranks that is done before any has sent a thing."""
+        if self._ranks is None:
+            super().check_targets()
 
     def counts(self) -> list[int]:
         """Return for each parameter how many groups reach it."""
@@ -85,16 +91,17 @@ class ProbedCollector(Collector):
         parameters = [self.layout.parameters[i] for i in reached]
         if self.scale is not None:
             torch._foreach_div_([gradient[i] for i in reached], self.scale.to(parameters[0].device))
-        self._row = self._differentiated(parameters, [gradient[i] for i in reached])
-        if anchor in self._row:
-            raise ValueError(
-                f"`probe()` must not name the anchor, {anchor!r}, which `losses` holds, got {list(self._row)}; let it"
-                " return the auxiliaries alone."
-            )
+        with telling(None if self._ranks is None else partial(self._ranks.give_up, self.layout)):
+            self._row = self._derivatives(self._losses, parameters, [gradient[i] for i in reached])
+            if anchor in self._row:
+                raise ValueError(
+                    f"`probe()` must not name the anchor, {anchor!r}, which `losses` holds, got {list(self._row)}; let"
+                    " it return the auxiliaries alone."
+                )
         self.derivative = self._derivatives.way
         self.num_groups = 1 + len(self._row)
         if self._ranks is not None:
-            self._ranks.check_same_groups(tuple(self._row), "probed", self.layout)
+            self._ranks.check_same(tuple(self._row), "probed", self.layout)
         return tuple(self._row)
 
     def _average(self, ranks: Ranks, anchor: str) -> None:
@@ -103,16 +110,6 @@ class ProbedCollector(Collector):
         reached = agreed(ranks, self.layout, anchor, row)
         ranks.average(self.layout, row, [i for i, any_rank in enumerate(reached) if any_rank]).wait()
         self._anchor.adopt([row])
-
-    def _differentiated(self, parameters: Sequence[Tensor], direction: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the derivatives of the probes' losses; let the other ranks know of an error in one."""
-        try:
-            return self._derivatives(self._losses, parameters, direction)
-        except BaseException:
-            if self._ranks is not None:
-                with suppress(ValueError):
-                    self._ranks.check_same_groups((), "an error in the probe", self.layout)
-            raise
 
     def _losses(self) -> dict[str, Terms]:
         """Return the losses of all probes, added up over the micro-batches."""

@@ -6,13 +6,14 @@ Shapes: K groups, T parameters, N ranks; P elements in a gradient; a is the anch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradalign.collectors.agreement import agreed, telling
-from gradalign.collectors.base import Collector, Loss
+from gradalign.collectors.base import Collector, Loss, check_all_targets
 from gradalign.collectors.parameters import OUTSIDE, Layout
 from gradalign.collectors.stacked import StackedCollector
 from gradalign.collectors.streamed import StreamedCollector
@@ -38,15 +39,16 @@ class RankedStackedCollector(Collector):
     def __init__(self, layout: Layout, num_groups: int, ranks: Ranks, *, shared_only: bool = False) -> None:
         super().__init__(layout, num_groups, shared_only=shared_only)
         self._ranks = ranks
-        self._here = [StackedCollector(layout, 1) for _ in range(num_groups)]
-        for here in self._here:
-            here.must_reach = False  # another rank may
+        self._here = [StackedCollector(layout, 1, must_reach=False) for _ in range(num_groups)]
         self._shares = StackedCollector(_shares(layout, ranks), num_groups, shared_only=shared_only)
         self._arriving: list[Callable[[], Row]] = []
 
     def _collect(self, losses: Sequence[Loss]) -> None:
+        tell = partial(self._ranks.agree, self.layout, None) if self.last else None
+        with telling(tell):
+            check_all_targets(self.parameters)
         for k, (here, loss) in enumerate(zip(self._here, losses, strict=True)):
-            with telling(self._ranks, self.layout, last=self.last):
+            with telling(tell):
                 here.add(0, loss, retain_graph=k + 1 < len(losses))
             if self.last:
                 self._send(here, loss[0])
@@ -64,6 +66,9 @@ class RankedStackedCollector(Collector):
             self._shares.adopt([wait() for wait in self._arriving])
             self._arriving = []
         return self._shares
+
+    def check_targets(self) -> None:
+        """Do nothing: all were checked before the ranks had sent anything."""
 
     def counts(self) -> list[int]:
         """Return for each parameter how many groups reach it, on any rank."""
@@ -135,7 +140,7 @@ class RankedStreamedCollector(StreamedCollector):
     ) -> None:
         self._ranks = ranks
         super().__init__(layout, num_groups, anchor=anchor, plain=plain, shared_only=shared_only)
-        self.must_reach = False  # another rank may
+        self._must_reach = False  # another rank may
         self._matrices = []  # the average touches other rows than this rank's gradient
         auxiliaries = torch.arange(num_groups, device=self._device) != anchor
         self._unseen = auxiliaries.unsqueeze(0) & auxiliaries.unsqueeze(1)
@@ -145,10 +150,18 @@ class RankedStreamedCollector(StreamedCollector):
         self._arriving = Arriving()
         self._squares: Tensor | None = None
 
+    def _collect(self, losses: Sequence[Loss]) -> None:
+        with telling(partial(self._ranks.agree, self.layout, None)):
+            check_all_targets(self.parameters)
+        super()._collect(losses)
+
+    def check_targets(self) -> None:
+        """Do nothing: all were checked before the ranks had sent anything."""
+
     def _differentiate(
         self, loss: Loss, *, retain_graph: bool, take: Callable[[int, Tensor], bool], hooked: Iterable[int]
     ) -> Row:
-        with telling(self._ranks, self.layout):
+        with telling(partial(self._ranks.agree, self.layout, None)):
             return super()._differentiate(loss, retain_graph=retain_graph, take=take, hooked=hooked)
 
     def _reached(self, name: str, gradients: Row) -> list[bool]:

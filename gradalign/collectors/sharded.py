@@ -5,14 +5,18 @@ Shapes: K groups, T parameters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from gradalign.collectors.base import Loss, Owner, check_gradients, check_target, post_hooks
+from gradalign.collectors.agreement import agreed, telling
+from gradalign.collectors.base import Loss, check_all_targets, check_gradients, explaining, post_hooks
+from gradalign.collectors.ownership import Owner
 from gradalign.collectors.parameters import OUTSIDE, Layout
 from gradalign.collectors.stacked import StackedCollector
-from gradalign.distributed import Ranks, Row
-from gradalign.sharding import Shards, is_sharded, like, local, local_gradient
+from gradalign.distributed import Row
+from gradalign.sharding import Shards, like, local, local_gradient
 
 
 class ShardedCollector(StackedCollector):
@@ -25,32 +29,56 @@ class ShardedCollector(StackedCollector):
     Args:
         layout: The parameters and their blocks.
         num_groups: K.
-        ranks: The ranks that the user wants averaged over; None for no more than the mesh's.
+        shards: How the parameters lie on the mesh.
         shared_only: Parameters that a single group reaches count as outside the scope.
-
-    Raises:
-        ValueError: The mesh does not hold all of these ranks.
     """
 
-    def __init__(
-        self, layout: Layout, num_groups: int, ranks: Ranks | None = None, *, shared_only: bool = False
-    ) -> None:
+    def __init__(self, layout: Layout, num_groups: int, shards: Shards, *, shared_only: bool = False) -> None:
         self._whole = layout.parameters
-        self._shards = Shards(layout.parameters)
-        if ranks is not None and ranks.size > self._shards.size:
-            raise ValueError(
-                f"`process_group` must be None, or no larger than the parameters' device mesh of {self._shards.size}"
-                f" ranks, got {ranks.size} ranks; data parallelism beside tensor parallelism is a dimension of the mesh"
-                " here: fully_shard the model over it."
-            )
-        parts = Layout([local(p) for p in layout.parameters], layout.blocks, layout.num_blocks, self._shards.copies)
+        self._shards = shards
+        parts = Layout([local(p) for p in layout.parameters], layout.blocks, layout.num_blocks, shards.copies)
         super().__init__(parts, num_groups, shared_only=shared_only)
         self._hooked, self._matrices = [], set()
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """The parameters whose ``p.grad`` is written, whole."""
+        return self._whole
+
+    def _collect(self, losses: Sequence[Loss]) -> None:
+        with telling(self._tell):
+            check_all_targets(self._whole)
+        super()._collect(losses)
+
+    def check_targets(self) -> None:
+        """Do nothing: all were checked before the ranks had sent anything."""
+
+    def _tell(self) -> None:
+        self._shards.ranks.agree(self.layout, None)
 
     def add(self, k: int, loss: Loss, *, retain_graph: bool) -> None:
         """Differentiate group k, and add its gradient to that of earlier micro-batches."""
         self._begin()
-        self._store(k, self._backward(loss, retain_graph=retain_graph), set())
+        with telling(self._tell):
+            row = self._backward(loss, retain_graph=retain_graph)
+        self._store(k, self._averaged(loss[0], row), set())
+
+    @torch.no_grad()
+    def _averaged(self, name: str, row: Row) -> Row:
+        """Average what nobody has averaged; where this rank has no gradient and another has, it has zeros."""
+        reached = agreed(self._shards.ranks, self.layout, name, row)
+        for i, any_rank in enumerate(reached):
+            if any_rank and row[i] is None:
+                row[i] = torch.zeros_like(self.layout.parameters[i])
+        plain = [i for i in self._shards.plain if reached[i]]
+        for i in plain:
+            row[i] = self.layout.laid_out(i, row[i])
+        arriving = self._shards.ranks.average(self.layout, row, plain)
+        for i, any_rank in enumerate(reached):
+            if any_rank:
+                row[i] = self._shards.average(i, row[i])
+        arriving.wait()
+        return row
 
     def _backward(self, loss: Loss, *, retain_graph: bool) -> Row:
         """Return this rank's parts of the gradients of one group, (T,)."""
@@ -62,26 +90,21 @@ class ShardedCollector(StackedCollector):
             for parameter, of_parameter in zip(self._whole, hooks, strict=True):
                 parameter.grad = None
                 of_parameter.clear()
-            torch.autograd.backward(terms, factors, retain_graph=retain_graph)
+            with explaining(name):
+                torch.autograd.backward(terms, factors, retain_graph=retain_graph)
             gradients = [local_gradient(parameter) for parameter in self._whole]
         finally:
             for parameter, gradient, of_parameter, kept in zip(self._whole, aside, hooks, held, strict=True):
                 parameter.grad = gradient
                 of_parameter.update(kept)
-        check_gradients(name, gradients)
-        return [None if g is None else self._shards.average(i, g) for i, g in enumerate(gradients)]
+        check_gradients(name, gradients, must_reach=False)  # another rank may
+        return gradients
 
     @torch.no_grad()
     def _gramians(self) -> tuple[Tensor, Tensor]:
         blocks, outside = super()._gramians()
-        G = self._shards.total(torch.cat([blocks, outside.unsqueeze(0)]))
+        G = self._shards.ranks.total(torch.cat([blocks, outside.unsqueeze(0)]))
         return G[:-1], G[OUTSIDE]
-
-    def check_targets(self) -> None:
-        """Raise ValueError where ``p.grad`` of a plain parameter cannot be added to in place."""
-        for parameter, count in zip(self._whole, self.counts(), strict=True):
-            if count and not is_sharded(parameter):
-                check_target(parameter)
 
     def _new_owner(self) -> Owner:
         return Owner(self.layout, disjoint=True)  # fully_shard makes those of a module pieces of one storage

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradalign.collectors.base import Collector, Loss, Owner, is_exclusive, large
+from gradalign.collectors.base import Collector, Loss, large
+from gradalign.collectors.ownership import Owner, is_exclusive
 from gradalign.collectors.parameters import MOST_WHOLE, OUTSIDE, Layout
 from gradalign.collectors.plans import DensePlan, Kind, Plan, RowSparsePlan
 from gradalign.collectors.row_sparse import RowSparse, can_be_row_sparse, touched_rows, union
@@ -44,12 +45,13 @@ class StackedCollector(Collector):
         layout: The parameters and their blocks.
         num_groups: K.
         shared_only: Parameters that a single group reaches count as outside the scope.
+        must_reach: Every group has to reach a parameter on this rank.
     """
 
     name: ClassVar[str] = "stacked"
 
-    def __init__(self, layout: Layout, num_groups: int, *, shared_only: bool = False) -> None:
-        super().__init__(layout, num_groups, shared_only=shared_only)
+    def __init__(self, layout: Layout, num_groups: int, *, shared_only: bool = False, must_reach: bool = True) -> None:
+        super().__init__(layout, num_groups, shared_only=shared_only, must_reach=must_reach)
         numbers = range(len(layout.parameters))
         hookable = large(layout.sizes) if num_groups > 1 else []  # a single group's gradients become p.grad as they are
         self._hooked = [i for i in hookable if layout.parameters[i].device.type == "cpu"]

@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradalign.collectors.base import Collector, Loss, Owner, large
+from gradalign.collectors.base import Collector, Loss, large
 from gradalign.collectors.combine import CombinePlan
+from gradalign.collectors.ownership import Owner
 from gradalign.collectors.parameters import MOST_WHOLE, OUTSIDE, Layout
 from gradalign.collectors.row_sparse import RowSparse, can_be_row_sparse, touched_rows, union
 from gradalign.distributed import Row

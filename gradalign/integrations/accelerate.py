@@ -79,7 +79,11 @@ def _prepared_aligner(optimizer: object) -> GradientAligner:
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else None
     if isinstance(inner, GradientAligner):
         return inner
-    got = type(optimizer).__name__ + (f" around {type(inner).__name__}" if inner is not None else "")
+    got = (
+        ("an unprepared " if isinstance(optimizer, GradientAligner) else "")
+        + type(optimizer).__name__
+        + (f" around {type(inner).__name__}" if inner is not None else "")
+    )
     raise TypeError(
         f"`optimizer` must be a GradientAligner that the accelerator prepared, got {got}; write"
         " accelerator.prepare(model, GradientAligner(torch.optim.AdamW(model.parameters()), rule))."

@@ -116,6 +116,11 @@ def _keeping_losses(training_step: Callable[..., Any]) -> Callable[..., Any]:
                 f"`training_step` must return named losses or None, got {type(losses).__name__}; write"
                 ' return {"ce": ce, "kd": kd}.'
             )
+        if "loss" in losses:
+            raise ValueError(
+                "`training_step` must return the losses that are aligned, and no total of them under 'loss', got"
+                f" {list(losses)}; leave 'loss' out, or give that group another name."
+            )
         self._losses = losses
         return {"loss": sum((term.detach() for term in _terms(losses)), start=torch.zeros((), device=self.device))}
 

@@ -37,9 +37,9 @@ def log_report(writer: SummaryWriter, report: AlignmentReport, step: int, prefix
         TypeError: ``writer`` or ``report`` is something else.
     """
     _check(writer, report)
-    for name, number in scalars(report).items():
-        writer.add_scalar(f"{prefix}/{name}", number, step)
     seen = on_cpu(report)
+    for name, number in scalars(seen).items():
+        writer.add_scalar(f"{prefix}/{name}", number, step)
     K = len(seen.names)
     angles = seen.angles.reshape(-1, K, K)
     pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from gradalign import AlignmentReport, GradientAligner
 from gradalign.errors import missing_extra
+from gradalign.integrations.accelerate import backward
 from gradalign.integrations.scalars import scalars
 from gradalign.rules import BaseRule, RowRule, Rule
 
@@ -36,6 +37,7 @@ else:
 
 # Where a backward of accelerate's does more than loss.backward(), or parameters are cut in ways that are not tested.
 _REFUSED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")
+_MOST_REPORTS = 1000  # alignments whose means are logged; where nothing is logged they would add up
 _STEPPING_WITHIN = ("lomo", "adalomo")
 
 
@@ -80,7 +82,7 @@ class AlignedTrainerMixin(_Base):
         # An aligner says what is wrong with a rule; that of the training is made when its optimizer is.
         self._rule = GradientAligner(torch.optim.SGD([nn.Parameter(torch.zeros(()))]), copy.deepcopy(rule)).rule
         self._aligner_options = dict(aligner_options or {})
-        self._reports: list[AlignmentReport] = []
+        self._reports: deque[AlignmentReport] = deque(maxlen=_MOST_REPORTS)
         self._last_report: AlignmentReport | None = None
         super().__init__(*args, **kwargs)
         if self.aligner is not None:
@@ -123,7 +125,7 @@ class AlignedTrainerMixin(_Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:  # noqa: ANN401
         """Make the Trainer's optimizer, or take the one it was given, and wrap it."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        self._reports = []
+        self._reports.clear()
         if self.aligner is not None:
             self.aligner.zero_grad()  # a training that was stopped within a step left micro-batches
             return optimizer
@@ -132,12 +134,11 @@ class AlignedTrainerMixin(_Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """Take the Trainer's step on a micro-batch, with an alignment where it calls ``accelerator.backward``."""
-        backward = self.accelerator.backward
         self.accelerator.backward = self._align
         try:
             loss: Tensor = super().training_step(*args, **kwargs)
         finally:
-            self.accelerator.backward = backward
+            del self.accelerator.backward  # the class's own again
         return loss
 
     def _align(self, losses: object) -> None:
@@ -153,9 +154,7 @@ class AlignedTrainerMixin(_Base):
                 f"`create_optimizer` must return what AlignedTrainer's returns, got {type(self.optimizer).__name__};"
                 " set self.optimizer and return super().create_optimizer()."
             )
-        divided = losses / self.accelerator.gradient_accumulation_steps
-        with nullcontext() if self.accelerator.sync_gradients else aligner.accumulate():
-            aligner.backward(divided.losses, scaler=self.accelerator.scaler)
+        backward(self.accelerator, self.optimizer, losses.losses)
         if aligner.report is not None and aligner.report is not self._last_report:
             self._last_report = aligner.report
             self._reports.append(aligner.report)
@@ -170,7 +169,7 @@ class AlignedTrainerMixin(_Base):
         """
         if "loss" in logs and self._reports:
             logs = logs | _means(self._reports)
-            self._reports = []
+            self._reports.clear()
         super().log(logs, *args, **kwargs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -14,6 +15,7 @@ TIMEOUT = timedelta(seconds=60)
 
 def _rank(rank, size, folder, function, arguments, timeout):
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # pytest's own filters do not reach here
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timeout)
     try:

@@ -28,10 +28,7 @@ def other_names(rank, size):
 def test_ranks_with_other_groups_are_named(tmp_path):
     for outcome in processes.run(other_names, 3, folder=tmp_path):
         assert outcome["untouched"]
-        assert (
-            "['a', 'c'] (stacked) on rank 0; ['a', 'b'] (stacked) on rank 1; ['a', 'c'] (stacked) on rank 2"
-            in outcome["message"]
-        )
+        assert "['a', 'c'] on rank 0; ['a', 'b'] on rank 1; ['a', 'c'] on rank 2" in outcome["message"]
         assert "pass a zero" in outcome["message"]
 
 
@@ -215,11 +212,47 @@ def test_an_error_on_one_rank_is_told_to_the_others_and_all_go_on(tmp_path):
             assert "must reach a parameter" in seen["error"]
             assert "must reach a parameter" in broken[name]["error"]
         elif name == "probed, nowhere":
-            assert "an error in the probe) on rank 1" in seen["error"]
+            assert "got an error on [1]" in seen["error"]
             assert "must compute its losses within its call" in broken[name]["error"]
         else:
             assert seen["error"].startswith("GradAlignError: backward() must succeed on all ranks, got an error on [1]")
             assert ("mine alone" if name.endswith("hook") else "`p.grad` must be") in broken[name]["error"]
+
+
+def early(rank, size):
+    """Errors on rank 1 before anything is differentiated; an interrupt is not told."""
+    outcome = {}
+    for name in ("no graph", "names the anchor", "probe on one rank", "no tensor"):
+        model = Net()
+        optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "ga-soft")
+        losses, options = model.losses(rank, ("a", "b")), {}
+        if name in ("names the anchor", "probe on one rank") and (rank == 1 or name == "names the anchor"):
+            key = "a" if rank == 1 and name == "names the anchor" else "b"
+            options["probe"] = lambda key=key, model=model: {key: model.losses(rank, ("a", "b"))["b"]}
+            losses = {"a": losses["a"]}
+        if rank == 1 and name in ("no graph", "no tensor"):
+            losses["b"] = losses["b"].detach() if name == "no graph" else 1.0
+        try:
+            optimizer.backward(losses, **options)
+            outcome[name] = ""
+        except (RuntimeError, ValueError, TypeError) as error:
+            outcome[name] = f"{type(error).__name__}: {error}"
+        outcome[f"{name}, then"] = all(p.grad is None for p in model.parameters())
+        optimizer.backward(model.losses(rank, ("a", "b")))
+    return outcome
+
+
+def test_errors_before_anything_is_differentiated_are_told(tmp_path):
+    healthy, broken = processes.run(early, 2, folder=tmp_path)
+    assert "raised" not in healthy, healthy
+    for name in ("no graph", "names the anchor", "no tensor"):
+        assert healthy[name].startswith("GradAlignError: backward() must succeed on all ranks, got an error on [1]")
+        assert healthy[f"{name}, then"]
+    assert "must have a graph" in broken["no graph"]
+    assert "must not name the anchor" in broken["names the anchor"]
+    assert "`losses['b']` must be" in broken["no tensor"]
+    for seen in (healthy, broken):
+        assert "must hold the same loss groups" in seen["probe on one rank"]
 
 
 def out_of_step(rank, size):
@@ -241,19 +274,28 @@ def out_of_step(rank, size):
         optimizer,
         {"a": model.losses(rank)["a"]},
         probe=lambda: {"b" if rank == 0 else "c": model.losses(rank)["b"]},
+        match="must hold the same loss groups",
     )
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "upgrad" if rank else "pcgrad")
+    messages["rule"] = refused(optimizer, model.losses(rank))
+    granularity = "tensor" if rank else "global"
+    optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), "pcgrad", granularity=granularity)
+    messages["granularity"] = refused(optimizer, model.losses(rank), match="must hold the same parameters")
     return messages
 
 
-def refused(optimizer, losses, **options):
-    with pytest.raises(ValueError, match="must hold the same loss groups on all ranks") as caught:
+def refused(optimizer, losses, match="must go on alike on all ranks", **options):
+    with pytest.raises(ValueError, match=match) as caught:
         optimizer.backward(losses, **options)
     return str(caught.value)
 
 
 def test_ranks_that_are_out_of_step_are_named(tmp_path):
     for messages in processes.run(out_of_step, 2, folder=tmp_path):
-        assert "(kept) on rank 0; ['a', 'b', 'c'] (stacked) on rank 1" in messages["update_every"]
-        assert "(stacked, micro-batch 2) on rank 0; ['a', 'b', 'c'] (stacked) on rank 1" in messages["micro-batches"]
-        assert "(stacked, scaled) on rank 0; ['a', 'b', 'c'] (stacked) on rank 1" in messages["scaler"]
-        assert "['b'] (probed) on rank 0; ['c'] (probed) on rank 1" in messages["probe"]
+        rule = "PCGrad(seed=0)"
+        assert f"{rule}, kept on rank 0; {rule}, stacked on rank 1" in messages["update_every"]
+        assert f"{rule}, stacked, micro-batch 2 on rank 0; {rule}, stacked on rank 1" in messages["micro-batches"]
+        assert f"{rule}, stacked, scaled on rank 0; {rule}, stacked on rank 1" in messages["scaler"]
+        assert f"{rule}, stacked on rank 0; UPGrad" in messages["rule"]
+        assert "in the same blocks, got others on ranks [1] than on [0]" in messages["granularity"]
+        assert "['b'] on rank 0; ['c'] on rank 1" in messages["probe"]
