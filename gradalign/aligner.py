@@ -56,7 +56,7 @@ class GradientAligner(WrappedOptimizer):
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``. Only its parameters get a gradient.
-        rule: A rule, or the name of one, ``gradalign.rules.names()``.
+        rule: A rule, or the name of one, ``gradalign.rules.names()``. What it remembers changes: each aligner its own.
         scope: Which parameters are aligned: "all"; "shared", those that two groups or more reach; or an iterable of
             parameters. One outside the scope gets its groups' gradients with the rule's plain weights.
         granularity: What shares one Gramian: "global"; "param_group"; "tensor"; or a list of lists of parameters,
@@ -172,15 +172,14 @@ class GradientAligner(WrappedOptimizer):
             step = self._steps.begin(layout, groups, probe, conditions)
         if compared is not None:
             compared.check_same(tuple(groups), step.manner, layout)
-        collector = step.collector
-        if self._skip_step and all(p.grad is None for p in collector.parameters):
+        if self._skip_step and all(p.grad is None for p in step.collector.parameters):
             self._skip_step = False  # whoever reset p.grad, say model.zero_grad(), began a new step
         step.collect()
         if not self._accumulating:
             try:
                 self._align(step)
             finally:
-                collector.discard()
+                step.collector.discard()
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ _SEEDS = 2**63
 
 
 class GradAlignError(RuntimeError):
-    """Base of the errors that numerics cause at run time; misuse is a ValueError or TypeError."""
+    """Base of the errors that numerics, or another rank, cause at run time; misuse is a ValueError or TypeError."""
 
 
 class NonFiniteError(GradAlignError):

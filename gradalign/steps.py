@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gradalign.arguments import check_anchor, check_mesh, check_parameters, check_sharded, rescales_anchor
-from gradalign.collectors.base import Collector, Loss
+from gradalign.collectors.base import Collector, Loss, check_all_targets
 from gradalign.collectors.batched import BatchedCollector
 from gradalign.collectors.graphs import check_graphs
 from gradalign.collectors.losses import Terms
@@ -129,6 +129,8 @@ class Steps:
             conditions: Under which they are differentiated.
         """
         names, ranks, scaled = tuple(groups), conditions.ranks, conditions.scale is not None
+        if ranks is not None:
+            check_all_targets(layout.parameters)  # later the others would have been sent something
         if layout.shards is not None:
             check_sharded(self._rule, self._choice, probe)
         else:  # sharded ones are differentiated by loss.backward(), which sees through it

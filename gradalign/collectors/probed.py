@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradalign.collectors.agreement import agreed, telling
-from gradalign.collectors.base import Collector, Loss, check_all_targets
+from gradalign.collectors.base import Collector, Loss
 from gradalign.collectors.directional import DirectionalDerivatives
 from gradalign.collectors.losses import Losses, Terms, check_losses
 from gradalign.collectors.parameters import Layout
@@ -60,8 +60,6 @@ class ProbedCollector(Collector):
 
     def _collect(self, losses: Sequence[Loss]) -> None:
         with telling(None if self._ranks is None or not self.last else partial(self._ranks.agree, self.layout, None)):
-            if self._ranks is not None:
-                check_all_targets(self.parameters)
             self._anchor.collect(losses)  # scaled already, and scaled back before the probe moves along it
 
     def check_targets(self) -> None:

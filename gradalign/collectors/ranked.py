@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradalign.collectors.agreement import agreed, telling
-from gradalign.collectors.base import Collector, Loss, check_all_targets
+from gradalign.collectors.base import Collector, Loss
 from gradalign.collectors.parameters import OUTSIDE, Layout
 from gradalign.collectors.stacked import StackedCollector
 from gradalign.collectors.streamed import StreamedCollector
@@ -45,8 +45,6 @@ class RankedStackedCollector(Collector):
 
     def _collect(self, losses: Sequence[Loss]) -> None:
         tell = partial(self._ranks.agree, self.layout, None) if self.last else None
-        with telling(tell):
-            check_all_targets(self.parameters)
         for k, (here, loss) in enumerate(zip(self._here, losses, strict=True)):
             with telling(tell):
                 here.add(0, loss, retain_graph=k + 1 < len(losses))
@@ -149,11 +147,6 @@ class RankedStreamedCollector(StreamedCollector):
         super()._begin()
         self._arriving = Arriving()
         self._squares: Tensor | None = None
-
-    def _collect(self, losses: Sequence[Loss]) -> None:
-        with telling(partial(self._ranks.agree, self.layout, None)):
-            check_all_targets(self.parameters)
-        super()._collect(losses)
 
     def check_targets(self) -> None:
         """Do nothing: all were checked before the ranks had sent anything."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradalign.collectors.agreement import agreed, telling
-from gradalign.collectors.base import Loss, check_all_targets, check_gradients, explaining, post_hooks
+from gradalign.collectors.agreement import agreed
+from gradalign.collectors.base import Loss, check_gradients, explaining, post_hooks
 from gradalign.collectors.ownership import Owner
 from gradalign.collectors.parameters import OUTSIDE, Layout
 from gradalign.collectors.stacked import StackedCollector
@@ -45,23 +45,13 @@ class ShardedCollector(StackedCollector):
         """The parameters whose ``p.grad`` is written, whole."""
         return self._whole
 
-    def _collect(self, losses: Sequence[Loss]) -> None:
-        with telling(self._tell):
-            check_all_targets(self._whole)
-        super()._collect(losses)
-
     def check_targets(self) -> None:
         """Do nothing: all were checked before the ranks had sent anything."""
-
-    def _tell(self) -> None:
-        self._shards.ranks.agree(self.layout, None)
 
     def add(self, k: int, loss: Loss, *, retain_graph: bool) -> None:
         """Differentiate group k, and add its gradient to that of earlier micro-batches."""
         self._begin()
-        with telling(self._tell):
-            row = self._backward(loss, retain_graph=retain_graph)
-        self._store(k, self._averaged(loss[0], row), set())
+        self._store(k, self._averaged(loss[0], self._backward(loss, retain_graph=retain_graph)), set())
 
     @torch.no_grad()
     def _averaged(self, name: str, row: Row) -> Row:

@@ -148,13 +148,13 @@ class AlignedTrainerMixin(_Base):
                 "`compute_loss` must return a mapping of each loss group's name to a scalar loss in training, got"
                 f' {type(losses).__name__}; return {{"ce": loss_ce, "kd": loss_kd}}.'
             )
-        aligner = self.aligner
-        if aligner is None:
+        aligner, optimizer = self.aligner, self.optimizer
+        if aligner is None or optimizer is None:
             raise TypeError(
                 f"`create_optimizer` must return what AlignedTrainer's returns, got {type(self.optimizer).__name__};"
                 " set self.optimizer and return super().create_optimizer()."
             )
-        backward(self.accelerator, self.optimizer, losses.losses)
+        backward(self.accelerator, optimizer, losses.losses)
         if aligner.report is not None and aligner.report is not self._last_report:
             self._last_report = aligner.report
             self._reports.append(aligner.report)

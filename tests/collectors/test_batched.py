@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from gradalign import GradientAligner
 from gradalign.rules import Constant
-from tests import models
+from tests import auxiliaries, models
 
 
 def make(kind, rule, collector, **options):
@@ -92,12 +92,8 @@ def test_gradients_of_earlier_steps_never_change():
     assert all(torch.equal(gradient, as_it_was) for gradient, as_it_was in kept)
 
 
-class Unbatched(torch.autograd.Function):
+class Unbatched(auxiliaries.Opaque):
     """The identity, whose backward vmap cannot take: it asks for a value."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
 
     @staticmethod
     def backward(ctx, gradient):

@@ -166,7 +166,7 @@ def test_other_things_than_a_prepared_aligner_are_refused():
     model, aligner, _ = plain_loop.make()
     losses = model(*small.batches()[0])
     with pytest.raises(
-        TypeError, match=r"`optimizer` must be a GradientAligner that the accelerator prepared, got Grad"
+        TypeError, match=r"`optimizer` must be a GradientAligner that the accelerator prepared, got an unprepared Grad"
     ):
         backward(accelerator, aligner, losses)
     bare = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -174,7 +174,9 @@ def test_other_things_than_a_prepared_aligner_are_refused():
         TypeError, match=r"got AcceleratedOptimizer around SGD; write accelerator\.prepare\(model, Grad"
     ):
         backward(accelerator, bare, losses)
-    with pytest.raises(TypeError, match=r"got GradientAligner; write"):  # its step would not be the accelerator's
+    with pytest.raises(
+        TypeError, match=r"got an unprepared GradientAligner; write"
+    ):  # its step would not be the accelerator's
         backward(accelerator, GradientAligner(bare, "sum"), losses)
     with pytest.raises(TypeError, match=r"`accelerator` must be an accelerate\.Accelerator, got SGD"):
         backward(bare.optimizer, aligner, losses)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from torchjd.aggregation import CAGradWeighting
 
 from gradalign.rules import CAGrad
+from gradalign.solvers import best_move_in_ball
 from tests.oracles import cagrad, mgda
 from tests.oracles.agreement import assert_agrees
 from tests.oracles.cases_symmetric import mean
@@ -46,6 +47,21 @@ def test_goes_to_the_edge_of_the_ball_unless_stationary(J, scale, c, seed):
     assume(mgda.aligned_gradient(J).norm() > 1e-3 * J.norm(dim=1).max())
     g_0 = J.T @ p
     assert_close((J.T @ CAGrad(c, preference=p)(gramian_of(J)) - g_0).norm(), c * g_0.norm())
+
+
+@pytest.mark.parametrize(
+    ("J", "p", "c"),
+    [
+        ([[1.5, -0.3], [-2.2, 0.6], [-1.1, -1.4]], [1.0, 1.0, 1.0], 0.9),
+        ([[-3.0, -3, 0], [1, 2, 3], [-1, -1, 2], [8, 7, -9]], [1.0, 1, 2 / 3, 1 / 3], 0.4),
+    ],
+)
+def test_stays_in_the_ball_where_losses_are_stationary_and_no_harm_lies_outside(J, p, c):
+    J, p = torch.tensor(J, dtype=torch.float64), torch.tensor(p, dtype=torch.float64)
+    g_0 = J.T @ p
+    d = J.T @ (p + best_move_in_ball(J @ J.T, p, c))
+    assert_close((d - g_0).norm(), c * g_0.norm())
+    assert (J @ d).min() < -1e-6  # the best there is does harm
 
 
 def test_published_example():
