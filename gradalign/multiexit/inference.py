@@ -7,15 +7,18 @@ there are (n, C). Exits are counted from 1.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gradalign.multiexit.objectives import check_logits
+
+Inputs = Tensor | Mapping[str, Tensor]
+"""What a network takes: one tensor of images, say, or the tensors of a tokenizer by name."""
 
 
 class MultiExitModel(Protocol):
@@ -27,10 +30,10 @@ class MultiExitModel(Protocol):
 
     num_exits: int
 
-    def start(self, inputs: Tensor) -> Tensor:
-        """Return the hidden state before the first layer: one tensor, its first dimension the N rows."""
+    def start(self, inputs: Any, /) -> Any:  # noqa: ANN401 (each network has inputs and a hidden state of its own)
+        """Return the hidden state before the first layer: a tensor or several by name, first dimension the N rows."""
 
-    def advance(self, hidden: Tensor, exit: int) -> tuple[Tensor, Tensor]:
+    def advance(self, hidden: Any, /, exit: int) -> tuple[Any, Tensor]:  # noqa: ANN401
         """Run the layers from the exit before to this one, and its head: hidden state and logits (n, C)."""
 
 
@@ -169,7 +172,7 @@ class Walk:
         return Decision(labels, self._exits, self._logits)
 
 
-def early_exit(model: MultiExitModel, inputs: Tensor, policy: Policy) -> Decision:
+def early_exit(model: MultiExitModel, inputs: Inputs, policy: Policy) -> Decision:
     """Run the model on a batch, and each row no further than to the exit where it leaves.
 
     What it does:
@@ -184,7 +187,7 @@ def early_exit(model: MultiExitModel, inputs: Tensor, policy: Policy) -> Decisio
 
     Args:
         model: With ``num_exits``, ``start`` and ``advance``.
-        inputs: (N, ...), what ``model.start`` takes; N may be 0.
+        inputs: What ``model.start`` takes: (N, ...), or several such by name, as a tokenizer gives them; N may be 0.
         policy: Who leaves where.
 
     Raises:
@@ -203,14 +206,33 @@ def early_exit(model: MultiExitModel, inputs: Tensor, policy: Policy) -> Decisio
         raise TypeError(f"`policy` must be a policy, got {policy!r}; write Entropy(0.3), say.")
     with torch.no_grad(), evaluating(model):
         hidden = model.start(inputs)
-        walk = Walk(policy, model.num_exits, hidden.shape[0], hidden.device)
+        first = hidden if isinstance(hidden, Tensor) else next(iter(hidden.values()))
+        walk = Walk(policy, model.num_exits, first.shape[0], first.device)
         for exit in range(1, model.num_exits + 1):
             hidden, logits = model.advance(hidden, exit)
             stay = walk.visit(logits)
             if walk.finished:
                 break
-            hidden = _keep(hidden, stay)
+            if isinstance(hidden, Tensor):
+                hidden = _keep(hidden, stay)
+            else:
+                hidden = {name: _keep(tensor, stay) for name, tensor in hidden.items()}
     return walk.decision()
+
+
+def every_exit(model: MultiExitModel, inputs: Inputs) -> Tensor:
+    """Return the logits of every exit, (M, N, C), exit 1 first: what such a model's ``forward`` does.
+
+    Args:
+        model: With ``num_exits``, ``start`` and ``advance``; in the mode it is in.
+        inputs: What ``model.start`` takes.
+    """
+    hidden = model.start(inputs)
+    logits = []
+    for exit in range(1, model.num_exits + 1):
+        hidden, exit_logits = model.advance(hidden, exit)
+        logits.append(exit_logits)
+    return torch.stack(logits)
 
 
 @contextmanager

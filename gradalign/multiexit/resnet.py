@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradalign.errors import unknown_name
+from gradalign.multiexit.inference import every_exit
 from gradalign.multiexit.objectives import check_count
 
 _WIDTHS = (16, 32, 64)
@@ -113,8 +114,8 @@ class MultiExitResNet(nn.Module):
         hidden: Tensor = self.stem(inputs)
         return hidden
 
-    def advance(self, hidden: Tensor, exit: int) -> tuple[Tensor, Tensor]:
-        """Run the blocks from the exit before up to ``exit``, and its head.
+    def layers(self, hidden: Tensor, exit: int) -> Tensor:
+        """Run the blocks after the exit before, up to ``exit``.
 
         Args:
             hidden: (n, channels, height, width), from ``start`` for exit 1, from the exit before for the
@@ -122,8 +123,7 @@ class MultiExitResNet(nn.Module):
             exit: 1 to M.
 
         Returns:
-            The hidden state after the exit's block, (n, channels', height', width'), and the exit's logits,
-            (n, C).
+            The hidden state after the exit's block, (n, channels', height', width').
 
         Raises:
             ValueError: There is no such exit.
@@ -133,7 +133,17 @@ class MultiExitResNet(nn.Module):
         done = self.exit_blocks[exit - 2] if exit > 1 else 0
         for block in islice(self.blocks, done, self.exit_blocks[exit - 1]):
             hidden = block(hidden)
-        return hidden, self.heads[exit - 1](hidden)
+        return hidden
+
+    def classify(self, hidden: Tensor, exit: int) -> Tensor:
+        """Return the logits that an exit's head gives for the hidden state after its block, (n, C)."""
+        logits: Tensor = self.heads[exit - 1](hidden)
+        return logits
+
+    def advance(self, hidden: Tensor, exit: int) -> tuple[Tensor, Tensor]:
+        """Run ``layers`` and ``classify``; return the hidden state and the logits (n, C)."""
+        hidden = self.layers(hidden, exit)
+        return hidden, self.classify(hidden, exit)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of every exit.
@@ -144,12 +154,7 @@ class MultiExitResNet(nn.Module):
         Returns:
             (M, B, C), exit 1 first.
         """
-        hidden = self.start(x)
-        logits = []
-        for exit in range(1, self.num_exits + 1):
-            hidden, exit_logits = self.advance(hidden, exit)
-            logits.append(exit_logits)
-        return torch.stack(logits)
+        return every_exit(self, x)
 
 
 class BasicBlock(nn.Module):

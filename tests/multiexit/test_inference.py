@@ -106,6 +106,22 @@ class TestAnswers:
         # Exit 1 is asked even for no rows, to learn C.
         assert table.asked == [asked[0], *(rows for rows in asked[1:] if rows)]
 
+    def test_a_hidden_state_of_several_tensors(self, model, stored):
+        class Named:
+            num_exits = model.num_exits
+
+            def start(self, inputs):
+                return {"hidden": model.start(inputs["pixels"]), "row": inputs["row"]}
+
+            def advance(self, hidden, exit):
+                after, logits = model.advance(hidden["hidden"], exit)
+                assert torch.equal(policy(stored)[hidden["row"]] >= exit, torch.ones(len(logits), dtype=torch.bool))
+                return {**hidden, "hidden": after}, logits
+
+        policy = at_work(Entropy(0.0), stored)
+        batch = {"pixels": images(), "row": torch.arange(ROWS)}
+        assert_same(early_exit(Named(), batch, policy), policy.decide(stored))
+
     def test_regression(self):
         # Outputs 0, 1, 1.2, 1.3 and 0, 0, 5, 5: within 0.5 from exit 3 on, and at exit 2.
         table = Table(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.2, 5.0], [1.3, 5.0]]).unsqueeze(-1))
