@@ -15,7 +15,7 @@ from gradalign.errors import GradAlignError, MissingExtraError
 from gradalign.multiexit import methods
 
 if TYPE_CHECKING:
-    from gradalign.multiexit.runs import Config
+    from gradalign.multiexit.configs import ImageConfig
 
 _SPEED_UPS = (1.5, 2.0)
 _INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
@@ -35,22 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from gradalign.multiexit import data
     from gradalign.multiexit.figures import plot_run
     from gradalign.multiexit.runs import Run
     from gradalign.multiexit.training import Interrupted, train
+    from gradalign.multiexit.workloads import workload_of
 
     device = _device(options)
     config = _config(options, options.method, options.seed)
     if options.resume:
         _check_untouched(config, options.out)
         run = Run.open(options.resume)
-        images = data.load(run.config.data)
+        workload = workload_of(run.config, device)
     else:
-        images = data.load(config.data)
+        workload = workload_of(config, device)
         run = Run.create(options.out or Path("runs") / f"{options.method}-seed{options.seed}", config)
     try:
-        train(run, images, device)
+        train(run, workload)
     except Interrupted as stop:
         return _say_interrupted(stop.step, f"gradalign train --resume {run.folder}")
     result = run.result
@@ -94,21 +94,18 @@ def _compare(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from gradalign.multiexit import data, policies
-    from gradalign.multiexit.evaluation import at_speed_up, cost_of_exits, exit_logits
-    from gradalign.multiexit.metrics import exit_accuracies
-    from gradalign.multiexit.runs import Run, write_json
+    from gradalign.multiexit import policies
+    from gradalign.multiexit.evaluation import at_speed_up
+    from gradalign.multiexit.files import write_json
+    from gradalign.multiexit.runs import Run
 
     run = Run.open(options.run)
-    images = data.load(run.config.data)
-    model = run.load_model(images.num_classes, images.in_channels).to(_device(options))
-    held_out, _ = exit_logits(model, images, images.held_out)
-    test, labels = exit_logits(model, images, images.test)
-    macs = cost_of_exits(model, images.image_size)
-    accuracies = exit_accuracies(test, labels).tolist()
+    held_out, _ = run.logits("held_out")
+    test, labels = run.logits("test")
+    macs, accuracies = run.result["costs"], run.result["test_accuracy"]
     print(f"{run.config.method}: test accuracy of each exit")
-    for number, (block, accuracy) in enumerate(zip(model.exit_blocks, accuracies, strict=True), 1):
-        print(f"  exit {number:2} after block {block:2}: {accuracy:.3f}, {macs[number - 1] / 1e6:.2f} M MACs")
+    for number, (accuracy, cost) in enumerate(zip(accuracies, macs, strict=False), 1):
+        print(f"  exit {number:2}: {accuracy:.3f}, {cost / 1e6:.2f} M MACs")
     print("policies, calibrated on held-out images, on test images")
     outcomes = []
     kinds = (policies.Budget(1), policies.Entropy(0.0), policies.MaxProbability(1.0), policies.Patience(1))
@@ -135,10 +132,10 @@ def _plot(options: argparse.Namespace) -> int:
     return 0
 
 
-def _config(options: argparse.Namespace, method: str, seed: int) -> Config:
-    from gradalign.multiexit.runs import Config
+def _config(options: argparse.Namespace, method: str, seed: int) -> ImageConfig:
+    from gradalign.multiexit.configs import ImageConfig
 
-    return Config(
+    return ImageConfig(
         method=method,
         seed=seed,
         data=options.data if options.data == "digits" else str(Path(options.data).resolve()),
@@ -156,7 +153,7 @@ def _config(options: argparse.Namespace, method: str, seed: int) -> Config:
     )
 
 
-def _check_untouched(config: Config, out: Path | None) -> None:
+def _check_untouched(config: ImageConfig, out: Path | None) -> None:
     """Raise ValueError if a setting or a folder was given together with --resume, where it would do nothing."""
     from dataclasses import fields
 

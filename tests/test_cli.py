@@ -31,7 +31,7 @@ def test_train_writes_a_run_and_says_where(folder, tmp_path, capsys, monkeypatch
     assert "20 steps in" in out
     names = {path.name for path in (tmp_path / "runs" / "ml-seed0").iterdir()}
     assert names == {
-        "config.json", "metrics.jsonl", "checkpoint.pt", "model.safetensors", "result.json",
+        "config.json", "metrics.jsonl", "checkpoint.pt", "model.safetensors", "logits.safetensors", "result.json",
         "depth-accuracy.png", "angles.png", "weights.png",
     }  # fmt: skip
 
@@ -44,7 +44,7 @@ def test_evaluate_judges_exits_and_every_policy(folder, capsys):
     assert out.count("1.5x:") == out.count("2.0x:") == 4
     accuracies = json.loads((folder / "result.json").read_text())["test_accuracy"]
     for number, accuracy in enumerate(accuracies, 1):
-        assert f"exit {number:2} after block {number:2}: {accuracy:.3f}" in out
+        assert f"exit {number:2}: {accuracy:.3f}" in out
     assert len(json.loads((folder / "evaluation.json").read_text())["policies"]) == 8
 
 

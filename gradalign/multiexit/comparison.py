@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from gradalign.multiexit import data as images
 from gradalign.multiexit import policies
-from gradalign.multiexit.data import ImageData
-from gradalign.multiexit.evaluation import Outcome, at_accuracy, cost_of_exits, exit_logits
-from gradalign.multiexit.runs import Config, Run, write_json
+from gradalign.multiexit.configs import Config
+from gradalign.multiexit.evaluation import Outcome, at_accuracy
+from gradalign.multiexit.files import write_json
+from gradalign.multiexit.runs import Run
 from gradalign.multiexit.training import train
+from gradalign.multiexit.workloads import workload_of
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,19 @@ def compare(
     for argument, values in (("methods", methods), ("seeds", seeds)):
         if len(set(values)) < len(values):
             raise ValueError(f"`{argument}` must be different from one another, got {', '.join(map(str, values))}.")
-    data = images.load(config.data)
     runs = {
         (method, seed): _prepare(_folder_of(folder, method, seed), replace(config, method=method, seed=seed))
         for seed in seeds
         for method in methods
     }
     for run in runs.values():
-        train(run, data, device)
+        if not run.finished:
+            train(run, workload_of(run.config, device))
     rows = []
     for seed in seeds:
-        held_out = {method: _logits(runs[method, seed], data) for method in methods}
-        logits, labels = held_out[methods[0]][0]
+        logits, labels = runs[methods[0], seed].logits("held_out")
         wanted = float((logits[-1].argmax(-1) == labels).double().mean())
-        rows += [_row(runs[method, seed], *held_out[method], wanted, data) for method in methods]
+        rows += [_row(runs[method, seed], wanted) for method in methods]
     write_json(folder / "comparison.json", [_record(row) for row in rows])
     return rows
 
@@ -139,8 +138,8 @@ def _prepare(folder: Path, config: Config) -> Run:
         return Run.create(folder, config)
     there = run.config
     if there != config:
-        odd = [f.name for f in fields(Config) if getattr(there, f.name) != getattr(config, f.name)]
-        found = ", ".join(f"{name}={getattr(there, name)!r}" for name in odd)
+        before, now = there.to_dict(), config.to_dict()
+        found = ", ".join(f"{name}={value!r}" for name, value in before.items() if now.get(name) != value)
         raise ValueError(
             f"`out` must be a folder whose runs have this configuration, got {str(folder)!r} with {found};"
             " name another folder, or give the same settings to continue."
@@ -148,17 +147,10 @@ def _prepare(folder: Path, config: Config) -> Run:
     return run
 
 
-def _logits(run: Run, data: ImageData) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return held-out and test logits with their labels."""
-    model = run.load_model(data.num_classes, data.in_channels)
-    return exit_logits(model, data, data.held_out), exit_logits(model, data, data.test)
-
-
-def _row(run: Run, held_out: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], wanted: float, data: ImageData) -> Row:
+def _row(run: Run, wanted: float) -> Row:
     config, result = run.config, run.result
     steps = list(run.metrics("step"))
     paired = len(steps[0]["groups"]) > 1
-    macs = cost_of_exits(run.load_model(data.num_classes, data.in_channels), data.image_size)
     return Row(
         config.method,
         config.seed,
@@ -166,7 +158,7 @@ def _row(run: Run, held_out: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],
         result["test_accuracy"][-1],
         statistics.fmean(bool(step["conflicts"]) for step in steps) if paired else None,
         statistics.fmean(step["reversals"] > 0 for step in steps),
-        at_accuracy(policies.Entropy(0.0), held_out, test, wanted, macs),
+        at_accuracy(policies.Entropy(0.0), run.logits("held_out"), run.logits("test"), wanted, result["costs"]),
         result["seconds"],
     )
 

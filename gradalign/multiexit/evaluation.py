@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from gradalign.multiexit import policies
-from gradalign.multiexit.data import ImageData, Split
-from gradalign.multiexit.inference import Policy, evaluating
-from gradalign.multiexit.metrics import exit_macs, speed_up
-from gradalign.multiexit.resnet import MultiExitResNet
+from gradalign.multiexit.inference import Policy
+from gradalign.multiexit.metrics import speed_up
 
-_BATCH = 256
 _MOST_SETTINGS = 200
 
 
@@ -39,17 +36,8 @@ class Outcome:
     mac_speed_up: float
 
 
-@torch.no_grad()
-def exit_logits(model: MultiExitResNet, data: ImageData, split: Split) -> tuple[Tensor, Tensor]:
-    """Return the logits of every exit, (M, N, C), and the labels, (N,), both on the CPU."""
-    device = next(model.parameters()).device
-    with evaluating(model):
-        parts = [model(data.inputs(images.to(device))).cpu() for images in split.images.split(_BATCH)]
-    return torch.cat(parts, dim=1), split.labels
-
-
 def at_speed_up(
-    policy: Policy, held_out: Tensor, test: Tensor, labels: Tensor, wanted: float, macs: Sequence[int]
+    policy: Policy, held_out: Tensor, test: Tensor, labels: Tensor, wanted: float, macs: Sequence[float]
 ) -> Outcome:
     """Return what a policy gives on test logits, calibrated on held-out logits to a wanted speed-up.
 
@@ -69,7 +57,7 @@ def at_accuracy(
     held_out: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     wanted: float,
-    macs: Sequence[int],
+    macs: Sequence[float],
 ) -> Outcome | None:
     """Return what the fastest setting gives that reaches an accuracy on held-out rows, None where none does.
 
@@ -92,19 +80,14 @@ def at_accuracy(
     return None
 
 
-def cost_of_exits(model: MultiExitResNet, image_size: int) -> tuple[int, ...]:
-    """Return the multiply-accumulates up to each exit with all heads, and last those of the bare network."""
-    return (*exit_macs(model, image_size), exit_macs(model, image_size, heads=False)[-1])
-
-
-def _outcome(policy: Policy, logits: Tensor, labels: Tensor, macs: Sequence[int]) -> Outcome:
+def _outcome(policy: Policy, logits: Tensor, labels: Tensor, macs: Sequence[float]) -> Outcome:
     decision = policy.decide(logits)
-    spent = torch.tensor(macs)[decision.exits - 1].sum()
+    spent = torch.tensor(macs, dtype=torch.float64)[decision.exits - 1].sum()
     return Outcome(
         policy,
         _accuracy(decision.labels, labels),
         speed_up(decision.exits, len(logits)),
-        macs[-1] * len(labels) / int(spent),
+        macs[-1] * len(labels) / float(spent),
     )
 
 

@@ -2,52 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import random
-import signal
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import nullcontext
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradalign import AlignmentReport, GradientAligner, NonFiniteError
+from gradalign import GradientAligner, NonFiniteError
 from gradalign.errors import missing_extra
 from gradalign.multiexit import methods
-from gradalign.multiexit.data import ImageData
-from gradalign.multiexit.evaluation import exit_logits
+from gradalign.multiexit.files import plain
+from gradalign.multiexit.interrupts import Interrupted, catch_interrupt
+from gradalign.multiexit.methods import Stage, Step
 from gradalign.multiexit.metrics import exit_accuracies
-from gradalign.multiexit.resnet import MultiExitResNet
-from gradalign.multiexit.runs import Config, Run, plain
+from gradalign.multiexit.records import alignment
+from gradalign.multiexit.runs import Run
+from gradalign.multiexit.workloads import SplitName, Workload, derived_seed
 
 try:
     from tqdm import tqdm
 except ImportError as error:
     raise missing_extra("tqdm", "multiexit") from error
 
-_MILESTONES = (0.35, 0.6, 0.85)  # of all steps: the learning rate falls to a tenth at each
+__all__ = ["Interrupted", "train"]
+
+_SPLITS: tuple[SplitName, ...] = ("held_out", "test")
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error: the run can go on)
-    """Training was stopped by Ctrl-C, after a whole step and with a checkpoint.
-
-    Attributes:
-        run: The run.
-        step: How many steps it has done.
-    """
-
-    def __init__(self, run: Run, step: int) -> None:
-        super().__init__(f"stopped after step {step}")
-        self.run = run
-        self.step = step
-
-
-def train(run: Run, data: ImageData, device: torch.device | str = "cpu") -> None:
+def train(run: Run, workload: Workload) -> None:
     """Train a run to its end, from its checkpoint where it has one.
 
     A step depends on the configuration, the weights, the optimizer and the step's number, and on no generator that
@@ -55,8 +43,7 @@ def train(run: Run, data: ImageData, device: torch.device | str = "cpu") -> None
 
     Args:
         run: A new run, or one that was stopped.
-        data: Its images.
-        device: Where to compute.
+        workload: What it trains.
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint has been written.
@@ -65,36 +52,42 @@ def train(run: Run, data: ImageData, device: torch.device | str = "cpu") -> None
     if run.finished:
         tqdm.write(f"{run.folder}: trained already; delete the folder to train again", file=sys.stderr)
         return
-    with _Training(run, data, torch.device(device)) as training, _catch_interrupt() as interrupted:
+    with _Training(run, workload) as training, catch_interrupt() as interrupted:
         training.go(interrupted)
 
 
 class _Training:
-    """A run in progress: the network, its optimizer, the step reached, and the open metrics file."""
+    """A run in progress: the network, the stage and its optimizer, the step reached, and the open metrics file."""
 
-    def __init__(self, run: Run, data: ImageData, device: torch.device) -> None:
-        self.run, self.data, self.device = run, data, device
-        self.config: Config = run.config
+    model: nn.Module
+    teacher: nn.Module | None
+    optimizer: GradientAligner
+
+    def __init__(self, run: Run, workload: Workload) -> None:
+        self.run, self.work, self.config = run, workload, workload.config
         self.method = methods.get(self.config.method)
-        self.model = self.config.make_model(data.num_classes, data.in_channels).to(device)
-        self.optimizer = GradientAligner(
-            torch.optim.SGD(
-                self.model.parameters(),
-                self.config.learning_rate,
-                momentum=self.config.momentum,
-                weight_decay=self.config.weight_decay,
-            ),
-            self.method.rule(self.config.settings),
-            granularity=_blocks(self.model, self.config.granularity),
-        )
-        self.steps_an_epoch = -(-len(data.train) // self.config.batch_size)
-        self.steps = self.config.epochs * self.steps_an_epoch
-        self.step, self.seconds, metrics_size = 0, 0.0, 0
-        if (saved := run.load_checkpoint()) is not None:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, self.seconds, metrics_size = saved["step"], saved["seconds"], saved["metrics_size"]
+        self.title = f"{self.config.method} seed {self.config.seed}"
+        self.model, self.teacher = workload.make_model(), None
+        self.stages_done: list[int] = []  # how many steps each took
+        self.seconds, metrics_size = 0.0, 0
+        saved = run.load_checkpoint()
+        self._enter(0)
+        if saved is not None:
+            while len(self.stages_done) < len(saved["stages_done"]):
+                self._enter(len(self.stages_done) + 1, saved["stages_done"][len(self.stages_done)])
+            self._restore(saved)
+            self.seconds, metrics_size = saved["seconds"], saved["metrics_size"]
         self.metrics: IO[bytes] = run.open_metrics(metrics_size)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that is trained now."""
+        return self.method.stages[len(self.stages_done)]
+
+    @property
+    def steps_before(self) -> int:
+        """How many steps the stages before took."""
+        return sum(self.stages_done)
 
     def __enter__(self) -> _Training:
         return self
@@ -102,88 +95,166 @@ class _Training:
     def __exit__(self, *_: object) -> None:
         self.metrics.close()
 
+    def _enter(self, number: int, steps_before: int | None = None) -> None:
+        """Make network, optimizer and schedule of a stage, from the network as the stage before left it."""
+        if steps_before is not None:
+            self.stages_done.append(steps_before)
+            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+        stage, config = self.method.stages[number], self.config
+        self.model = stage.prepare(self.model, config.settings)
+        trained = list(stage.trains(self.model))
+        self.model.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self.frozen = [m for m in self.model.modules() if not any(p.requires_grad for p in m.parameters())]
+        self.optimizer = GradientAligner(
+            self.work.make_optimizer(trained, config.learning_rate * stage.learning_rate),
+            stage.rule(config.settings),
+            granularity=self._granularity(),
+            scope=self._scope(),
+        )
+        self.memory: dict[str, Tensor] = {}
+        self.step, self.best_epoch = 0, 0
+        self.best_score: float = -float("inf")
+        self.best: dict[str, Tensor] | None = None
+        self.steps = max(1, round(config.epochs * stage.epochs)) * self.work.steps_an_epoch
+
+    def _granularity(self) -> Any:  # noqa: ANN401 (an argument of the aligner)
+        if self.config.granularity != "layer":
+            return self.config.granularity
+        layers = ([p for p in layer if p.requires_grad] for layer in self.work.layers(self.model))
+        return [layer for layer in layers if layer]
+
+    def _scope(self) -> Any:  # noqa: ANN401 (an argument of the aligner)
+        trunk = [p for p in self.work.trunk(self.model) if p.requires_grad] if self.config.scope == "trunk" else []
+        return trunk or "all"  # where the trunk is frozen, nothing is left to tell apart
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(saved["teacher"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.memory = saved["step"], saved["memory"]
+        self.best, self.best_score, self.best_epoch = saved["best"], saved["best_score"], saved["best_epoch"]
+
     def go(self, interrupted: threading.Event) -> None:
-        """Do the steps that are left."""
-        title = f"{self.config.method} seed {self.config.seed}"
+        """Do the stages and steps that are left."""
+        while True:
+            self._train_stage(interrupted)
+            if self.best is not None:
+                self.model.load_state_dict(self.best)
+            if len(self.stages_done) + 1 == len(self.method.stages):
+                break
+            self._enter(len(self.stages_done) + 1, self.step)
+            self._checkpoint()
+        self._finish()
+
+    def _train_stage(self, interrupted: threading.Event) -> None:
         started = time.monotonic() - self.seconds
-        with tqdm(total=self.steps, initial=self.step, desc=title, unit="step", disable=None) as bar:
-            while self.step < self.steps:
+        with tqdm(total=self.steps, initial=self.step, desc=self._name(), unit="step", disable=None) as bar:
+            while self.step < self.steps and not self._has_stopped():
                 try:
                     losses = self._step()
                 except NonFiniteError as error:
                     raise NonFiniteError(
-                        f"{title} diverged at step {self.step + 1}: the gradient of {' and '.join(error.groups)} must"
-                        " be finite, got NaN or infinity; take a lower learning rate or a longer warm-up, in another"
-                        " folder.",
+                        f"{self.title} diverged at step {self.steps_before + self.step + 1}: the gradient of"
+                        f" {' and '.join(error.groups)} must be finite, got NaN or infinity; take a lower learning rate"
+                        " or a longer warm-up, in another folder.",
                         error.groups,
                     ) from error
                 self.step += 1
                 self.seconds = time.monotonic() - started
                 bar.update()
                 bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
-                if self.step % self.steps_an_epoch == 0:
-                    self._end_epoch(bar, title)
+                if self.step % self.work.steps_an_epoch == 0:
+                    self._end_epoch(bar)
                 if interrupted.is_set():
                     self._checkpoint()
-                    raise Interrupted(self.run, self.step)
-        self._finish()
+                    raise Interrupted(self.run, self.steps_before + self.step)
+
+    def _name(self) -> str:
+        several = len(self.method.stages) > 1
+        return self.title + (f" stage {len(self.stages_done) + 1}" if several else "")
+
+    def _has_stopped(self) -> bool:
+        """No epoch has been better for as long as the patience lasts."""
+        patience = self.config.patience
+        return patience is not None and self.step // self.work.steps_an_epoch - self.best_epoch >= patience
 
     def _step(self) -> dict[str, float]:
         """Train on the next batch and write the step's line."""
-        epoch, index = divmod(self.step, self.steps_an_epoch)
-        order = torch.randperm(len(self.data.train), generator=_generator(self.config.seed, "order", epoch))
-        rows = order[index * self.config.batch_size : (index + 1) * self.config.batch_size]
-        images = self.data.augment(
-            self.data.train.images[rows], _generator(self.config.seed, "augmentation", self.step)
-        )
-        labels = self.data.train.labels[rows].to(self.device)
-        rate = learning_rate(self.config.learning_rate, self.config.warm_up, self.step, self.steps)
+        number = self.steps_before + self.step
+        inputs, labels, _ = self.work.batch(number, 0, 1)
+        rate = self.work.learning_rate(self.step, self.steps) * self.stage.learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-
         self.model.train()
-        logits = self.model(self.data.inputs(images.to(self.device)))
-        losses = self.method.objective(logits, labels, self.config.settings)
-        self.optimizer.zero_grad()
-        self.optimizer.backward(losses)
+        for module in self.frozen:
+            module.training = False
+        device = self.work.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(derived_seed(self.config.seed, "dropout", number))
+            with torch.autocast(device.type, torch.bfloat16) if self.config.precision == "bfloat16" else nullcontext():
+                logits = self.stage.forward(self.model, inputs)
+                losses = self.stage.objective(
+                    Step(
+                        logits,
+                        labels,
+                        self.config.settings,
+                        self.step / self.steps,
+                        self.memory,
+                        self.model,
+                        inputs,
+                        self.teacher,
+                    )
+                )
+            self.optimizer.zero_grad()
+            self.optimizer.backward(losses)  # checkpointed layers draw again
+        if self.config.clip is not None:
+            nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.config.clip)
         self.optimizer.step()
         values = {name: loss.item() for name, loss in losses.items()}
-        self._write_step(epoch, rate, values, exit_accuracies(logits.detach(), labels))
+        self._write_step(rate, values, None if labels.is_floating_point() else exit_accuracies(logits.detach(), labels))
         return values
 
-    def _write_step(self, epoch: int, rate: float, losses: dict[str, float], accuracy: Tensor) -> None:
-        report = self.optimizer.report
-        if report is None:
-            raise RuntimeError("backward() must come before its report is written.")
-        whole = _whole(report)
-        record = {
-            "kind": "step",
-            "step": self.step + 1,
-            "epoch": epoch + 1,
-            "learning_rate": rate,
-            "groups": list(report.names),
-            "losses": losses,
-            "accuracy": accuracy,
-            "norms": whole.norms,
-            "cosines": whole.cosines,
-            "angles": whole.angles,
-            "conflicts": whole.conflicts,
-            "weights": report.weights,
-            "reversals": report.reversals,
-        }
-        self._write(record)
+    def _write_step(self, rate: float, losses: dict[str, float], accuracy: Tensor | None) -> None:
+        self._write(
+            {
+                "kind": "step",
+                "step": self.steps_before + self.step + 1,
+                "epoch": self.step // self.work.steps_an_epoch + 1,
+                "stage": len(self.stages_done) + 1,
+                "learning_rate": rate,
+                "losses": losses,
+                "accuracy": accuracy,
+                **alignment(self.optimizer),
+            }
+        )
 
-    def _end_epoch(self, bar: tqdm, title: str) -> None:
-        """Write the epoch's line and a checkpoint, and say how far it is where no bar is shown."""
-        epoch = self.step // self.steps_an_epoch
-        accuracy = exit_accuracies(*exit_logits(self.model, self.data, self.data.held_out))
-        self._write({"kind": "epoch", "step": self.step, "epoch": epoch, "held_out_accuracy": accuracy})
+    def _end_epoch(self, bar: tqdm) -> None:
+        """Judge the network, write the epoch's line and a checkpoint, and say how far it is where no bar is shown."""
+        epoch = self.step // self.work.steps_an_epoch
+        scores = self.work.scores(*self.work.logits(self.model, "held_out"))
+        main = scores[self.work.main].tolist()
+        judged = main[-1] if self.stage.judged == "last" else statistics.fmean(main)
+        if self.config.patience is not None and judged > self.best_score:
+            self.best_score, self.best_epoch = judged, epoch
+            self.best = copy.deepcopy(self.model.state_dict())
+        self._write(
+            {
+                "kind": "epoch",
+                "step": self.steps_before + self.step,
+                "epoch": epoch,
+                "stage": len(self.stages_done) + 1,
+                **{f"held_out_{name}": values for name, values in scores.items()},
+            }
+        )
         self._checkpoint()
         if bar.disable:
-            left = self.seconds / self.step * (self.steps - self.step)
+            left = self.seconds / (self.steps_before + self.step) * (self.steps - self.step)
             tqdm.write(
-                f"{title}: epoch {epoch}/{self.config.epochs}, held-out accuracy {float(accuracy.mean()):.3f} over"
-                f" exits, {float(accuracy[-1]):.3f} at the last, {left:.0f} s left",
+                f"{self._name()}: epoch {epoch}/{self.steps // self.work.steps_an_epoch}, held-out {self.work.main}"
+                f" {statistics.fmean(main):.3f} over exits, {main[-1]:.3f} at the last, {left:.0f} s left",
                 file=sys.stderr,
             )
 
@@ -195,8 +266,14 @@ class _Training:
         self.run.save_checkpoint(
             {
                 "model": self.model.state_dict(),
+                "teacher": None if self.teacher is None else self.teacher.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
+                "stages_done": self.stages_done,
+                "memory": self.memory,
+                "best": self.best,
+                "best_score": self.best_score,
+                "best_epoch": self.best_epoch,
                 "seconds": self.seconds,
                 "metrics_size": self.metrics.tell(),
             }
@@ -204,61 +281,21 @@ class _Training:
 
     def _finish(self) -> None:
         self.metrics.flush()
-        self.run.save_model(self.model)
-        splits = {"held_out": self.data.held_out, "test": self.data.test}
-        accuracies = {
-            f"{name}_accuracy": exit_accuracies(*exit_logits(self.model, self.data, split))
-            for name, split in splits.items()
+        model = self.method.finish(self.model)
+        self.work.save(model, self.run.folder)
+        logits: dict[str, tuple[Tensor, Tensor]] = {split: self.work.logits(model, split) for split in _SPLITS}
+        self.run.save_logits(logits)
+        scores = {
+            f"{split}_{name}": values for split in _SPLITS for name, values in self.work.scores(*logits[split]).items()
         }
-        self.run.save_result({"steps": self.steps, "seconds": self.seconds, **accuracies})
-
-
-def learning_rate(start: float, warm_up: float, step: int, steps: int) -> float:
-    """Return the learning rate of a step, counted from 0.
-
-    It grows linearly to ``start`` over a share ``warm_up`` of the steps, and falls to a tenth at 35 %, 60 % and 85 % of
-    them, as in 100 epochs of Shallow-Deep Networks (Kaya et al., arXiv:1810.07052). Those have no warm-up; 27 exits at
-    0.1 without one did not leave chance on CIFAR-10 before the first of these falls.
-
-    >>> [round(learning_rate(0.1, 0.1, step, 100), 6) for step in (0, 4, 9, 34, 35, 60, 85)]
-    [0.01, 0.05, 0.1, 0.1, 0.01, 0.001, 0.0001]
-    """
-    grown = min(1.0, (step + 1) / max(warm_up * steps, 1.0))
-    return start * grown / 10.0 ** sum(step >= share * steps for share in _MILESTONES)
-
-
-def _whole(report: AlignmentReport) -> AlignmentReport:
-    """Return the report of all blocks as one: squared norms and products add up over parameters."""
-    if report.gramian.ndim == 2:
-        return report
-    return AlignmentReport(report.names, report.gramian.sum(0), report.weights, report.skipped)
-
-
-def _blocks(model: MultiExitResNet, granularity: str) -> Any:  # noqa: ANN401 (an argument of the aligner)
-    if granularity == "layer":
-        return [list(block.parameters()) for block in model.blocks]
-    return granularity
-
-
-def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
-    """Return a generator that depends on these three alone; a string seeds well whatever its digits."""
-    return torch.Generator().manual_seed(random.Random(f"{seed}/{purpose}/{number}").getrandbits(32))
-
-
-@contextmanager
-def _catch_interrupt() -> Iterator[threading.Event]:
-    """Set an event at the first Ctrl-C, so that the step is finished; a second one stops at once."""
-    interrupted = threading.Event()
-
-    def once(number: int, frame: FrameType | None) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield interrupted
-        return
-    previous = signal.signal(signal.SIGINT, once)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        stages = [*self.stages_done, self.step]
+        self.run.save_result(
+            {
+                "main": self.work.main,
+                "steps": sum(stages),
+                "stages": stages,
+                "seconds": self.seconds,
+                "costs": list(self.work.costs(model)),
+                **scores,
+            }
+        )

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from gradalign.multiexit import data, policies
+from gradalign.multiexit import policies
 from gradalign.multiexit.comparison import Row, _row, compare, runs_in, runs_of, table
-from gradalign.multiexit.evaluation import Outcome, at_accuracy, cost_of_exits, exit_logits
+from gradalign.multiexit.configs import ImageConfig
+from gradalign.multiexit.evaluation import Outcome, at_accuracy
 from gradalign.multiexit.figures import plot_run, plot_runs
-from gradalign.multiexit.runs import Config, Run
+from gradalign.multiexit.runs import Run
 
-SMALL = Config(depth=8, exits=(1, 2), epochs=1, batch_size=64, learning_rate=0.05)
+SMALL = ImageConfig(depth=8, exits=(1, 2), epochs=1, batch_size=64, learning_rate=0.05)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -42,16 +43,12 @@ def test_a_row_says_what_its_run_came_to(compared):
 
 def test_the_speed_up_is_at_the_first_methods_held_out_accuracy(compared):
     folder, rows = compared
-    digits = data.load("digits")
-    models = {
-        (row.method, row.seed): Run.open(folder / f"{row.method}-seed{row.seed}").load_model(10, 1) for row in rows
-    }
     for row in rows:
-        held_out = exit_logits(models["joint", row.seed], digits, digits.held_out)
-        wanted = float((held_out[0][-1].argmax(-1) == held_out[1]).double().mean())
-        model = models[row.method, row.seed]
-        own, test = exit_logits(model, digits, digits.held_out), exit_logits(model, digits, digits.test)
-        expected = at_accuracy(policies.Entropy(0.0), own, test, wanted, cost_of_exits(model, 8))
+        logits, labels = Run.open(folder / f"joint-seed{row.seed}").logits("held_out")
+        wanted = float((logits[-1].argmax(-1) == labels).double().mean())
+        run = Run.open(folder / f"{row.method}-seed{row.seed}")
+        own, test = run.logits("held_out"), run.logits("test")
+        expected = at_accuracy(policies.Entropy(0.0), own, test, wanted, run.result["costs"])
         assert row.equal == expected
         if expected is not None:  # chosen on held-out images, told of test images
             decision = expected.policy.decide(test[0])
@@ -69,9 +66,7 @@ def test_a_reversed_step_is_one_with_a_weight_below_zero(compared, tmp_path):
     copy = Run(tmp_path / "copy")
     shutil.copytree(source.folder, copy.folder)
     (copy.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    digits = data.load("digits")
-    logits = exit_logits(copy.load_model(10, 1), digits, digits.test)
-    assert _row(copy, logits, logits, 0.0, digits).reversals == 5 / 20
+    assert _row(copy, 0.0).reversals == 5 / 20
 
 
 @pytest.mark.parametrize(("methods", "seeds"), [(["joint", "joint"], [0]), (["joint"], [1, 1])])

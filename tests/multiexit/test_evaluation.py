@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradalign.multiexit import MultiExitResNet, data, metrics, policies
-from gradalign.multiexit.evaluation import at_accuracy, at_speed_up, cost_of_exits, exit_logits
+from gradalign.multiexit import metrics, policies
+from gradalign.multiexit.evaluation import at_accuracy, at_speed_up
 
 
 def logits_and_labels(seed, rows=60, exits=5, classes=3):
@@ -62,25 +62,3 @@ def test_at_accuracy_is_the_fastest_setting_that_is_accurate_on_held_out_rows():
 def test_an_accuracy_that_no_setting_reaches():
     held_out, test = logits_and_labels(0), logits_and_labels(1)
     assert at_accuracy(policies.Patience(1), held_out, test, 1.01, MACS) is None
-
-
-def test_exit_logits_leave_the_mode_and_come_in_the_rows_order():
-    digits = data.load("digits")
-    model = MultiExitResNet(depth=8, in_channels=1, exits=[1]).train()
-    logits, labels = exit_logits(model, digits, digits.test)
-    assert model.training
-    assert logits.shape == (2, 359, 10)
-    assert torch.equal(labels, digits.test.labels)
-    model.eval()
-    with torch.no_grad():
-        expected = model(digits.inputs(digits.test.images[300:310]))
-    torch.testing.assert_close(logits[:, 300:310], expected)
-
-
-def test_cost_of_exits_ends_with_the_bare_network():
-    model = MultiExitResNet(depth=8, exits=[1, 2])
-    costs = cost_of_exits(model, 32)
-    assert len(costs) == 4
-    bare = MultiExitResNet(depth=8, exits=[])
-    assert costs[-1] == metrics.exit_macs(bare, 32)[0]
-    assert costs[2] > costs[-1]

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from gradalign import GradientAligner
 from gradalign.multiexit import MultiExitResNet, methods, objectives
-from gradalign.multiexit.methods import Settings
+from gradalign.multiexit.methods import Settings, Step
 
 
 def test_the_table():
@@ -19,7 +19,7 @@ def test_the_table():
 def test_losses_are_the_papers(name):
     logits, labels = torch.randn(3, 5, 4), torch.arange(5) % 4
     settings = Settings(alpha=0.2, temperature=2.0, reduction="sum")
-    losses = methods.get(name).objective(logits, labels, settings)
+    losses = methods.get(name).stages[0].objective(Step(logits, labels, settings))
     assert_close(losses["ce"], objectives.weighted_cross_entropy(logits, labels))
     if name == "joint":
         assert set(losses) == {"ce"}
@@ -33,14 +33,13 @@ def test_mutual_learning_is_the_weighted_sum_of_eq_2():
         torch.manual_seed(0)
         model = MultiExitResNet(depth=8, in_channels=1)
         inputs, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
-        losses = methods.get("ml").objective(model(inputs), labels, Settings(alpha=0.2))
+        losses = methods.get("ml").stages[0].objective(Step(model(inputs), labels, Settings(alpha=0.2)))
         step(model, losses)
         return [p.grad for p in model.parameters()]
 
     def aligned(model, losses):
-        GradientAligner(torch.optim.SGD(model.parameters()), methods.get("ml").rule(Settings(alpha=0.2))).backward(
-            losses
-        )
+        rule = methods.get("ml").stages[0].rule(Settings(alpha=0.2))
+        GradientAligner(torch.optim.SGD(model.parameters()), rule).backward(losses)
 
     def plain(model, losses):
         (0.8 * losses["ce"] + 0.2 * losses["kd"]).backward()
@@ -51,7 +50,7 @@ def test_mutual_learning_is_the_weighted_sum_of_eq_2():
 
 def test_rules():
     settings = Settings(alpha=0.2)
-    shown = {name: repr(methods.get(name).rule(settings)) for name in methods.names()}
+    shown = {name: repr(methods.get(name).stages[0].rule(settings)) for name in methods.names()}
     assert shown == {
         "joint": "Sum()",
         "ml": "Constant(weights=(0.8, 0.2))",

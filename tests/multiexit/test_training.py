@@ -15,10 +15,12 @@ import torch
 
 from gradalign import NonFiniteError
 from gradalign.multiexit import data, methods, training
-from gradalign.multiexit.runs import Config, Run
-from gradalign.multiexit.training import Interrupted, learning_rate, train
+from gradalign.multiexit.configs import ImageConfig
+from gradalign.multiexit.images import ImageWorkload, learning_rate
+from gradalign.multiexit.runs import Run
+from gradalign.multiexit.training import Interrupted, train
 
-SMALL = Config(depth=8, exits=(1, 2), epochs=2, batch_size=64, learning_rate=0.05)
+SMALL = ImageConfig(depth=8, exits=(1, 2), epochs=2, batch_size=64, learning_rate=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +28,21 @@ def digits():
     return data.load("digits")
 
 
+def work(config, images):
+    return ImageWorkload(config, torch.device("cpu"), images)
+
+
 def trained(folder, digits, **changed):
-    run = Run.create(folder, replace(SMALL, **changed))
-    train(run, digits)
+    config = replace(SMALL, **changed)
+    run = Run.create(folder, config)
+    train(run, work(config, digits))
     return run
 
 
 def same_files(one, two):
     return all(
         (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
-        for name in ("model.safetensors", "metrics.jsonl")
+        for name in ("model.safetensors", "metrics.jsonl", "logits.safetensors")
     )
 
 
@@ -103,14 +110,14 @@ def test_every_step_has_its_own_crops(tmp_path, monkeypatch):
 
 def test_the_optimizer_is_the_configured_one(digits, tmp_path):
     config = replace(SMALL, momentum=0.5, weight_decay=0.125)
-    with training._Training(Run.create(tmp_path / "run", config), digits, torch.device("cpu")) as made:
+    with training._Training(Run.create(tmp_path / "run", config), work(config, digits)) as made:
         group = made.optimizer.param_groups[0]
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.5, 0.125)
 
 
 def test_the_result_is_of_the_test_images(digits, tmp_path):
     run = trained(tmp_path / "run", digits, epochs=1)
-    model = run.load_model(10, 1)
+    model = work(run.config, digits).load(run.folder)
     with torch.no_grad():
         answers = model(digits.inputs(digits.test.images)).argmax(-1)
     expected = (answers == digits.test.labels).float().mean(1)
@@ -152,13 +159,13 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on_bit_for_bit(method, digits, tmp
     handler = signal.getsignal(signal.SIGINT)
     for done in (8, 24):
         with pytest.raises(Interrupted, match=f"stopped after step {done}"):
-            train(run, digits)
+            train(run, work(run.config, digits))
         assert not run.finished
         assert signal.getsignal(signal.SIGINT) is handler
-    train(run, digits)
+    train(run, work(run.config, digits))
     assert same_files(whole, run)
     assert run.result["test_accuracy"] == whole.result["test_accuracy"]
-    train(run, digits)  # a finished run is left as it is
+    train(run, work(run.config, digits))  # a finished run is left as it is
     assert same_files(whole, run)
 
 
@@ -187,7 +194,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
 def test_a_loss_that_diverges_is_named_and_the_checkpoint_stands(digits, tmp_path):
     run = Run.create(tmp_path / "run", replace(SMALL, learning_rate=1e30, method="ml"))
     with pytest.raises(NonFiniteError, match=r"ml seed 0 diverged at step \d+: the gradient of .* must be"):
-        train(run, digits)
+        train(run, work(run.config, digits))
     assert not run.finished
 
 

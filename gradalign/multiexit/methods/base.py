@@ -1,0 +1,144 @@
+"""What a training method is: stages, each with its losses, the rule that joins them, and what of the network trains.
+
+Shapes: M exits, B rows, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from gradalign.errors import finite_number, unknown_name
+from gradalign.multiexit.inference import Inputs
+from gradalign.rules import RowRule, Rule
+
+REDUCTIONS = ("sum", "mean")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the methods leave open.
+
+    Attributes:
+        alpha: Weight of the distillation loss, in [0, 1]; GAML-BERT, Eq. 2.
+        temperature: Of the distillation, dimensionless, > 0.
+        reduction: "sum" over the M (M - 1) ordered pairs of exits, as Eq. 3 is printed, or their "mean".
+        clamp: Let GA-soft stop at weight 0 where Eq. 6 would reverse the step.
+
+    Raises:
+        TypeError: A number is none, or ``clamp`` is not True or False.
+        ValueError: A number is out of its range, or ``reduction`` is unknown.
+    """
+
+    alpha: float = 0.3
+    temperature: float = 1.0
+    reduction: Literal["sum", "mean"] = "mean"
+    clamp: bool = False
+
+    def __post_init__(self) -> None:
+        finite_number("alpha", self.alpha, 0.0, 1.0)
+        if finite_number("temperature", self.temperature) <= 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature!r}.")
+        if self.reduction not in REDUCTIONS:
+            raise unknown_name("reduction", self.reduction, REDUCTIONS)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What an objective makes its losses of, at one training step.
+
+    Attributes:
+        logits: (M, B, C), floating: what the stage's ``forward`` gave.
+        labels: (B,), integer; floating for regression.
+        settings: What the method leaves open.
+        progress: Share of the stage's steps that are done, in [0, 1).
+        memory: Tensors by name that the objective keeps from step to step; it may write into the mapping, which goes
+            into checkpoints.
+        model: The network in training.
+        inputs: What it was run on.
+        teacher: The network as the stage before left it, frozen and in evaluation mode; None in a first stage.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    settings: Settings = Settings()
+    progress: float = 0.0
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    model: nn.Module | None = None
+    inputs: Inputs | None = None
+    teacher: nn.Module | None = None
+
+
+Objective = Callable[[Step], dict[str, Tensor]]
+"""Makes the named losses of a step."""
+
+
+def run(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Return the logits of all exits, (M, B, C)."""
+    logits: Tensor = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    return logits
+
+
+def everything(model: nn.Module) -> Iterable[nn.Parameter]:
+    """Return all parameters of a network."""
+    return model.parameters()
+
+
+def unchanged(model: nn.Module, settings: Settings) -> nn.Module:
+    """Return the network as it is."""
+    return model
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a training run, with an optimizer and a schedule of its own.
+
+    Attributes:
+        objective: Makes the named losses.
+        rule: Makes the rule that joins their gradients.
+        trains: Names the parameters that train. The others are frozen, and modules that hold none of those that train
+            are in evaluation mode: without dropout, their normalisation's statistics as they were.
+        forward: Runs the network and returns logits (M, B, C).
+        prepare: Makes the network of this stage of that of the stage before; for a first stage, of a new one.
+        epochs: Of the stage, in units of the run's.
+        learning_rate: Of the stage, in units of the run's.
+        judged: Which exits' score on held-out rows says when training stops early: the "mean" of all, or the "last".
+    """
+
+    objective: Objective
+    rule: Callable[[Settings], Rule | RowRule]
+    trains: Callable[[nn.Module], Iterable[nn.Parameter]] = everything
+    forward: Callable[[nn.Module, Inputs], Tensor] = run
+    prepare: Callable[[nn.Module, Settings], nn.Module] = unchanged
+    epochs: float = 1.0
+    learning_rate: float = 1.0
+    judged: Literal["mean", "last"] = "mean"
+
+
+def untouched(model: nn.Module) -> nn.Module:
+    """Return the network as it is."""
+    return model
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train a network with exits.
+
+    Attributes:
+        name: Its name in the table.
+        summary: What it does, in a line.
+        stages: What is done, one after the other.
+        defaults: What the settings are unless the user says otherwise.
+        finish: Makes the network that is kept of the one that was trained.
+        kinds: What it can be used on: "images", "text".
+    """
+
+    name: str
+    summary: str
+    stages: tuple[Stage, ...]
+    defaults: Settings = Settings()
+    finish: Callable[[nn.Module], nn.Module] = untouched
+    kinds: tuple[str, ...] = ("images", "text")
