@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import statistics
 import sys
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from gradalign import GradientAligner, NonFiniteError
 from gradalign.errors import missing_extra
-from gradalign.multiexit import methods
+from gradalign.multiexit import methods, processes
 from gradalign.multiexit.files import plain
 from gradalign.multiexit.interrupts import Interrupted, catch_interrupt
 from gradalign.multiexit.methods import Stage, Step
@@ -77,7 +78,8 @@ class _Training:
                 self._enter(len(self.stages_done) + 1, saved["stages_done"][len(self.stages_done)])
             self._restore(saved)
             self.seconds, metrics_size = saved["seconds"], saved["metrics_size"]
-        self.metrics: IO[bytes] = run.open_metrics(metrics_size)
+        self.writes = processes.rank() == 0  # of several processes the first alone writes
+        self.metrics: IO[bytes] = run.open_metrics(metrics_size) if self.writes else io.BytesIO()
 
     @property
     def stage(self) -> Stage:
@@ -168,7 +170,7 @@ class _Training:
                 bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
                 if self.step % self.work.steps_an_epoch == 0:
                     self._end_epoch(bar)
-                if interrupted.is_set():
+                if processes.any_rank(interrupted.is_set(), self.work.device):
                     self._checkpoint()
                     raise Interrupted(self.run, self.steps_before + self.step)
 
@@ -184,7 +186,8 @@ class _Training:
     def _step(self) -> dict[str, float]:
         """Train on the next batch and write the step's line."""
         number = self.steps_before + self.step
-        inputs, labels, _ = self.work.batch(number, 0, 1)
+        rank, ranks = processes.rank(), processes.ranks()
+        inputs, labels, share = self.work.batch(number, rank, ranks)
         rate = self.work.learning_rate(self.step, self.steps) * self.stage.learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -193,7 +196,7 @@ class _Training:
             module.training = False
         device = self.work.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(derived_seed(self.config.seed, "dropout", number))
+            torch.manual_seed(derived_seed(self.config.seed, f"dropout {rank}", number))
             with torch.autocast(device.type, torch.bfloat16) if self.config.precision == "bfloat16" else nullcontext():
                 logits = self.stage.forward(self.model, inputs)
                 losses = self.stage.objective(
@@ -209,7 +212,9 @@ class _Training:
                     )
                 )
             self.optimizer.zero_grad()
-            self.optimizer.backward(losses)  # checkpointed layers draw again
+            # Averaged over the ranks, these are the means over all rows of the batch.
+            parts = {name: loss * (share * ranks) for name, loss in losses.items()} if ranks > 1 else losses
+            self.optimizer.backward(parts)  # in here, for checkpointed layers draw again
         if self.config.clip is not None:
             nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.config.clip)
         self.optimizer.step()
@@ -250,7 +255,7 @@ class _Training:
             }
         )
         self._checkpoint()
-        if bar.disable:
+        if bar.disable and self.writes:
             left = self.seconds / (self.steps_before + self.step) * (self.steps - self.step)
             tqdm.write(
                 f"{self._name()}: epoch {epoch}/{self.steps // self.work.steps_an_epoch}, held-out {self.work.main}"
@@ -262,6 +267,8 @@ class _Training:
         self.metrics.write((json.dumps(plain(record)) + "\n").encode())
 
     def _checkpoint(self) -> None:
+        if not self.writes:
+            return
         self.metrics.flush()
         self.run.save_checkpoint(
             {
@@ -280,6 +287,11 @@ class _Training:
         )
 
     def _finish(self) -> None:
+        if self.writes:
+            self._write_results()
+        processes.wait()
+
+    def _write_results(self) -> None:
         self.metrics.flush()
         model = self.method.finish(self.model)
         self.work.save(model, self.run.folder)

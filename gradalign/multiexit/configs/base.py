@@ -1,18 +1,14 @@
-"""What decides how a run comes out: what all runs have, and what those on images have beside it."""
+"""What decides how a run comes out, whatever it is trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
-
-import torch
 
 from gradalign.errors import check_seed, finite_number, flag, unknown_name
 from gradalign.multiexit import methods
 from gradalign.multiexit.methods import Settings
 from gradalign.multiexit.objectives import check_count
-from gradalign.multiexit.resnet import MultiExitResNet
 
 GRANULARITIES = ("global", "layer", "tensor")
 SCOPES = ("all", "trunk")
@@ -100,65 +96,3 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration with its kind, as ``config_of`` takes it."""
         return {"kind": self.kind, **asdict(self)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageConfig(Config):
-    """A run of ``MultiExitResNet`` on images, by SGD.
-
-    Attributes:
-        data: "digits" or the path of an .npz file.
-        depth: Of the ResNet, 6n + 2.
-        exits: "block", "shallow-deep" or block numbers.
-        learning_rate: After the warm-up and until 35 % of the steps; a tenth until 60 %, a hundredth until 85 %, a
-            thousandth then.
-        warm_up: Share of the steps in which the learning rate grows.
-        momentum: Of SGD.
-    """
-
-    kind: ClassVar[str] = "images"
-
-    data: str = "digits"
-    depth: int = 56
-    exits: str | tuple[int, ...] = "block"
-    momentum: float = 0.9
-
-    def check(self) -> None:
-        """Raise TypeError or ValueError at the first setting that makes no sense."""
-        super().check()
-        check_count("depth", self.depth)
-        for name in ("warm_up", "momentum"):
-            finite_number(name, getattr(self, name), 0.0, 1.0)
-        if isinstance(self.exits, list):
-            object.__setattr__(self, "exits", tuple(self.exits))
-        with torch.device("meta"):  # says what is wrong with depth and exits, and makes no weights
-            MultiExitResNet(self.depth, exits=self.exits)
-
-    def make_model(self, num_classes: int, in_channels: int) -> MultiExitResNet:
-        """Return a new network; its weights depend on the seed alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return MultiExitResNet(self.depth, num_classes, in_channels, self.exits)
-
-
-_KINDS: dict[str, type[Config]] = {ImageConfig.kind: ImageConfig}
-
-
-def config_of(values: Mapping[str, Any], where: str) -> Config:
-    """Return the configuration that ``to_dict`` gave.
-
-    Args:
-        values: What ``to_dict`` returned.
-        where: Where they were read, for the error.
-
-    Raises:
-        ValueError: A setting is missing or unknown, or there is no such kind.
-    """
-    kind = _KINDS.get(values.get("kind", ""))
-    if kind is None:
-        raise ValueError(f"`config` must be of kind {' or '.join(_KINDS)}, got {values.get('kind')!r} in {where!r}.")
-    known = {"kind", *(f.name for f in fields(kind))}
-    if set(values) != known:
-        odd = sorted(set(values) ^ known)
-        raise ValueError(f"`config` must hold {', '.join(sorted(known))}, got {where!r} that differs in {odd}.")
-    return kind(**{name: value for name, value in values.items() if name != "kind"})
