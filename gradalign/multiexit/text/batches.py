@@ -85,7 +85,7 @@ def collate(encoded: Encoded, rows: Tensor, multiple: int = 1) -> dict[str, Tens
     Args:
         encoded: The tokenised split.
         rows: (n,), int64, n >= 1: which rows.
-        multiple: L is rounded up to a multiple of it.
+        multiple: L is rounded up to a multiple of it, beyond ``max_length`` where that is none.
 
     Returns:
         What the tokenizer gave, by name, each (n, L), int64.

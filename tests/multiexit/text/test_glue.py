@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from gradalign.errors import MissingExtraError
 from gradalign.multiexit.text import glue
 
 GLUE = Path(
@@ -15,71 +17,66 @@ GLUE = Path(
 )
 ENTAILED = ("entailment", "not_entailment")
 
-# A file's lines for each task: two training rows and one development row, with the answer: texts and labels.
-# The 12 columns of MNLI's training file and the 16 of its development file, as published.
-MNLI_TRAIN = (
-    "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
-    " sentence1 sentence2 label1 gold_label"
-).split()
+# MNLI's training file has 12 columns, its development file 16.
+MNLI_TRAIN = [
+    "index",
+    "promptID",
+    "pairID",
+    "genre",
+    "sentence1_binary_parse",
+    "sentence2_binary_parse",
+    "sentence1_parse",
+    "sentence2_parse",
+    "sentence1",
+    "sentence2",
+    "label1",
+    "gold_label",
+]
 MNLI_DEV = [*MNLI_TRAIN[:-1], "label2", "label3", "label4", "label5", "gold_label"]
-STS_B = "index genre filename year old_index source1 source2 sentence1 sentence2 score".split()
+STS_B = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"]
 PAIRED = [["0", "a", "b", "entailment"], ["1", "c", "d", "not_entailment"]]
+# The folder of each task, a file's lines, and the labels of its two rows, whose texts are a and c, or the pairs a, b
+# and c, d.
 LAYOUTS = {
-    "cola": (
-        "CoLA/{part}.tsv",
-        [["gj04", "1", "", "a"], ["gj04", "0", "*", "c"]],
-        None,
-        [0, 1],
-        [1, 0],
-    ),
-    "sst-2": ("SST-2/{part}.tsv", [["sentence", "label"], ["a", "1"], ["c", "0"]], None, [0, 1], [1, 0]),
+    "cola": ("CoLA", [["gj04", "1", "", "a"], ["gj04", "0", "*", "c"]], [1, 0]),
+    "sst-2": ("SST-2", [["sentence", "label"], ["a", "1"], ["c", "0"]], [1, 0]),
     "mrpc": (
-        "MRPC/{part}.tsv",
+        "MRPC",
         [["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"], ["1", "7", "8", "a", "b"], ["0", "9", "6", "c", "d"]],
-        "pairs",
-        [0, 1],
         [1, 0],
     ),
     "qqp": (
-        "QQP/{part}.tsv",
+        "QQP",
         [
             ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"],
             ["1", "2", "3", "a", "b", "1"],
             ["4", "5", "6", "c", "d", "0"],
         ],
-        "pairs",
-        [0, 1],
         [1, 0],
     ),
     "mnli": (
-        "MNLI/{part}.tsv",
+        "MNLI",
         [
             MNLI_TRAIN,
             ["0", "1", "1n", "fiction", "(", ")", "(", ")", "a", "b", "entailment", "neutral"],
             ["1", "1", "1n", "fiction", "(", ")", "(", ")", "c", "d", "neutral", "contradiction"],
         ],
-        "pairs",
-        [0, 1],
         [1, 2],
     ),
-    "qnli": ("QNLI/{part}.tsv", [["index", "question", "sentence", "label"], *PAIRED], "pairs", [0, 1], [0, 1]),
-    "rte": ("RTE/{part}.tsv", [["index", "sentence1", "sentence2", "label"], *PAIRED], "pairs", [0, 1], [0, 1]),
+    "qnli": ("QNLI", [["index", "question", "sentence", "label"], *PAIRED], [0, 1]),
+    "rte": ("RTE", [["index", "sentence1", "sentence2", "label"], *PAIRED], [0, 1]),
     "sts-b": (
-        "STS-B/{part}.tsv",
+        "STS-B",
         [
             STS_B,
             ["0", "main", "f", "2012", "1", "none", "none", "a", "b", "5.000"],
             ["1", "main", "f", "2012", "1", "none", "none", "c", "d", "1.25"],
         ],
-        "pairs",
-        [0, 1],
         [5.0, 1.25],
     ),
     "wnli": (
-        "WNLI/{part}.tsv",
+        "WNLI",
         [["index", "sentence1", "sentence2", "label"], ["0", "a", "b", "1"], ["1", "c", "d", "0"]],
-        "pairs",
-        [0, 1],
         [1, 0],
     ),
 }
@@ -123,15 +120,16 @@ def both(data):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_classic_layout_of_each_task(tmp_path, name):
-    pattern, lines, pairs, _, labels = LAYOUTS[name]
-    write(tmp_path / pattern.format(part="train"), lines)
+    folder, lines, labels = LAYOUTS[name]
+    write(tmp_path / folder / "train.tsv", lines)
     dev = lines
     if name == "mnli":
         dev = [MNLI_DEV, *([*line[:-1], "neutral", "neutral", "neutral", "neutral", line[-1]] for line in lines[1:])]
-    write(tmp_path / pattern.format(part="dev_matched" if name == "mnli" else "dev"), dev)
+    write(tmp_path / folder / ("dev_matched.tsv" if name == "mnli" else "dev.tsv"), dev)
     data = glue.load(name, tmp_path)
     assert data.task is glue.TASKS[name]
     assert data.dev.first == ("a", "c")
+    pairs = name not in ("cola", "sst-2")
     assert data.dev.second == (("b", "d") if pairs else None)
     dtype = torch.float32 if name == "sts-b" else torch.int64
     assert_close(data.dev.labels, torch.tensor(labels, dtype=dtype), rtol=0, atol=0)
@@ -172,7 +170,7 @@ def test_cola_starts_at_its_first_line_even_after_a_byte_order_mark(tmp_path):
 
 
 def test_qqp_skips_rows_cut_in_two_and_keeps_empty_questions(tmp_path):
-    _, (header, first, second), *_ = LAYOUTS["qqp"]
+    header, first, second = LAYOUTS["qqp"][1]
     cut = [["7", "8", "9", "half a question"], ["", "its rest", "0"], [""]]
     write(tmp_path / "QQP" / "train.tsv", [header, first, *cut, second])
     write(tmp_path / "QQP" / "dev.tsv", [header, ["1", "2", "3", "how?", "", "0"], ["4", "5", "6"]])
@@ -243,6 +241,13 @@ def test_files_without_the_columns_rows_or_encoding(tmp_path):
     write(path, [("sentence", "label"), ("a", "1")])
     with pytest.raises(ValueError, match=r"at least 2 training rows, one of them to be held out, got 1"):
         glue.load("sst-2", tmp_path)
+
+
+def test_the_hub_needs_datasets_and_files_do_not(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r'`datasets`, which is not installed; pip install "gradalign\[text\]"'):
+        glue.load("sst-2")
+    assert glue.load("sst-2", write_sst2(tmp_path)).dev.first == ("fine",)
 
 
 def test_missing_files_are_listed(tmp_path):
@@ -338,9 +343,7 @@ def hub_copy(name, **changed):
     task = glue.TASKS[name]
     label = datasets.Value("float32") if task.labels is None else datasets.ClassLabel(names=list(task.labels))
     text = datasets.Value("string")
-    features = datasets.Features(
-        {field: text for field in task.fields} | {"label": label, "idx": datasets.Value("int32")}
-    )
+    features = datasets.Features(dict.fromkeys(task.fields, text) | {"label": label, "idx": datasets.Value("int32")})
     classes = [5.0, 1.25] if task.labels is None else [task.num_classes - 1, 0]
     rows = {field: [f"{field} {k}" for k in range(2)] for field in task.fields} | {"label": classes, "idx": [0, 1]}
     test = rows | {"label": [-1, -1]}
@@ -443,5 +446,5 @@ def test_real_texts_are_the_columns_that_they_should_be():
     for name in REAL:
         dev = glue.load(name, GLUE, max_train=2).dev
         for texts in (dev.first, dev.second or ()):
-            assert not any(re.search(r"[\t\r\n\ufeff]", text) for text in texts)
+            assert not any(re.search(r"[\t\r\n]|^\ufeff", text) for text in texts)
             assert sum(" " in text for text in texts) >= 0.99 * len(texts)  # sentences, not numbers or labels
