@@ -285,9 +285,7 @@ class TestComputation:
                 assert exit in (2, 4, 5)  # the last is looked at always
                 return logits[:, 0] > 0, logits
 
-        logits = torch.tensor(
-            [[1.0, 1.0, 1.0], [1.0, -1.0, -1.0], [1.0, 1.0, 1.0], [1.0, 1.0, -1.0], [-1.0, -1.0, -1.0]]
-        )
+        logits = torch.tensor([[1, 1, 1], [1, -1, -1], [1, 1, 1], [1, 1, -1], [-1, -1, -1]]).float()
         logits = torch.stack([logits, -logits], -1)
         decision = Even().decide(logits)
         assert decision.exits.tolist() == [2, 4, 5]
