@@ -3,12 +3,12 @@
     python benchmarks/early_exit.py --out benchmarks/results    ResNet-56 with 27 exits, an encoder of 6 x 384
     python benchmarks/early_exit.py --quick                     smaller ones, few rows
 
-Measured in turn, on the same rows in batches of each size: *full depth*, which runs every layer and the last head alone;
-and ``early_exit`` with a policy calibrated to each wanted speed-up, a threshold on the entropy of logits over each exit's
-temperature. Batches of one are the loop over single rows that DeeBERT and PABEE use. Weights are random, and heads
-scaled so that exits differ in how sure they are; the policy is calibrated on the rows that are measured. *In time* is
-against full depth at the same batch size, *in layers* what the policy saves: heads, policy and the dropping of rows stand
-between the two.
+Measured in turn, on the same rows in batches of each size: *full depth*, which runs every layer and the last head
+alone; and ``early_exit`` with a policy calibrated to each wanted speed-up, a threshold on the entropy of logits over
+each exit's temperature. Batches of one are the loop over single rows that DeeBERT and PABEE use. Weights are random,
+and heads scaled so that exits differ in how sure they are; the policy is calibrated on the rows that are measured. *In
+time* is against full depth at the same batch size, *in layers* what the policy saves: heads, policy and the dropping of
+rows stand between the two.
 
 The second table compares dropping rows *at once*, at the exit where they leave, as ``early_exit`` does, with dropping
 them once *a quarter* of the rows still computed has left, by threads.
@@ -134,10 +134,11 @@ def stored_logits(workload: Workload) -> Tensor:
 
 
 def calibrated(logits: Tensor, wanted: float) -> Policy:
-    """Return an entropy policy at the wanted speed-up, with temperatures for labels drawn by the last exit."""
+    """Return an entropy policy at the wanted speed-up, with temperatures for labels that each exit draws itself."""
     generator = torch.Generator(logits.device).manual_seed(0)
-    labels = torch.multinomial(logits[-1].softmax(-1), 1, generator=generator).squeeze(-1)
-    temperatures = policies.calibrate_temperatures(logits, labels)
+    drawn = [torch.multinomial(exit.softmax(-1), 1, generator=generator).squeeze(-1) for exit in logits]
+    fitted = [policies.calibrate_temperatures(exit[None], labels) for exit, labels in zip(logits, drawn, strict=True)]
+    temperatures = torch.cat(fitted)
     return policies.calibrate(policies.Calibrated(policies.Entropy(0.0), temperatures), logits, wanted)
 
 
@@ -194,9 +195,8 @@ def throughput(
     """Return the figures of every way at every batch size, all on the same rows: rows a second, and speed-ups."""
     model, logits = workload.model, stored_logits(workload)
     M, N, _ = logits.shape
-    ways = {FULL: policies.Budget(M)} | {
-        f"early exit at {wanted:g}x": calibrated(logits, wanted) for wanted in speed_ups
-    }
+    ways: dict[str, Policy] = {FULL: policies.Budget(M)}
+    ways |= {f"early exit at {wanted:g}x": calibrated(logits, wanted) for wanted in speed_ups}
     calls, ratios = {}, {}
     for size in batches:
         split = [workload.batch(slice(start, start + size)) for start in range(0, N, size)]
@@ -253,7 +253,7 @@ def compaction(workload: Workload, speed_ups: Sequence[float], rounds: int, devi
         for wanted in speed_ups:
             policy = calibrated(logits, wanted)
             calls = {
-                "at once": Rows(lambda policy=policy: early_exit(model, batch, policy), size),
+                "at once": Rows(lambda policy=policy: late_exit(model, batch, policy, share=0), size),
                 "a quarter": Rows(lambda policy=policy: late_exit(model, batch, policy), size),
             }
             with threads(number):
