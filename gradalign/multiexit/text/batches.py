@@ -51,9 +51,12 @@ def encode(split: TextSplit, tokenizer: Any, max_length: int) -> Encoded:  # noq
         max_length: Rows are cut to so many tokens, special ones counted; of a pair the longer text is cut first.
 
     Raises:
-        ValueError: ``max_length`` is below 1, or the tokenizer has no padding token or pads on the left.
+        ValueError: ``max_length`` leaves room for special tokens alone, or the tokenizer has no padding token, or
+            pads on the left.
     """
-    positive_integer("max_length", max_length)
+    special = tokenizer.num_special_tokens_to_add(pair=split.second is not None)
+    if positive_integer("max_length", max_length) <= special:  # the tokenizer would cut nothing then, and not say so
+        raise ValueError(f"`max_length` must exceed the {special} special tokens of a row, got {max_length}; take 128.")
     if tokenizer.pad_token_id is None or tokenizer.padding_side != "right":
         got = "no padding token" if tokenizer.pad_token_id is None else "padding on the left"
         raise ValueError(
@@ -68,7 +71,7 @@ def encode(split: TextSplit, tokenizer: Any, max_length: int) -> Encoded:  # noq
         lengths += map(len, rows["input_ids"])
         for name, column in rows.items():
             parts.setdefault(name, []).append(torch.tensor(list(chain(*column)), dtype=torch.int32))
-    counts = torch.tensor(lengths)
+    counts = torch.tensor(lengths, dtype=torch.int64)
     padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
     return Encoded(
         {name: torch.cat(pieces) for name, pieces in parts.items()},

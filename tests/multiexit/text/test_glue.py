@@ -12,9 +12,7 @@ from torch.testing import assert_close
 from gradalign.errors import MissingExtraError
 from gradalign.multiexit.text import glue
 
-GLUE = Path(
-    os.environ.get("GRADALIGN_GLUE", Path(__file__).parents[3].parent / "shared" / "data" / "glue"),
-)
+GLUE = Path(os.environ.get("GRADALIGN_GLUE", Path(__file__).parents[3].parent / "shared" / "data" / "glue"))
 ENTAILED = ("entailment", "not_entailment")
 
 # MNLI's training file has 12 columns, its development file 16.
@@ -110,7 +108,7 @@ def write_sst2(folder, train=(("good", "1"), ("bad", "0")), dev=(("fine", "1"),)
 
 
 def both(data):
-    """The training and held-out rows as a set of (texts, label)."""
+    """The training and held-out rows as (text, text, label)."""
     rows = []
     for split in (data.train, data.held_out):
         second = split.second or [None] * len(split)
@@ -285,7 +283,7 @@ def test_max_train_counts_the_held_out_rows(tmp_path):
     assert (len(data.train), len(data.held_out), len(data.dev)) == (7, 3, 1)
     assert len(set(both(data))) == 10
     assert set(both(data)) <= {(f"row {k}", None, k % 2) for k in range(40)}
-    assert {number for number, *_ in both(data)} != {f"row {k}" for k in range(10)}
+    assert {text for text, *_ in both(data)} != {f"row {k}" for k in range(10)}  # not merely the first
     assert both(data) == both(again)
     whole = glue.load("sst-2", tmp_path, max_train=1000)
     assert len(both(whole)) == 40
