@@ -5,8 +5,8 @@ from benchmarks import early_exit as benchmark
 from gradalign.multiexit import early_exit, metrics, policies
 
 TINY = {
-    "resnet": lambda: benchmark.resnet(8, depth=14, side=8),
-    "encoder": lambda: benchmark.encoder(8, width=32, length=5),
+    "resnet": lambda: benchmark.resnet(24, depth=14, side=8),
+    "encoder": lambda: benchmark.encoder(24, width=32, length=5),
 }
 
 
@@ -45,24 +45,24 @@ def test_rows_are_dropped_when_the_share_has_left(workload):
         for hook in hooks:
             hook.remove()
     assert seen[0] == [int((exits >= exit).sum()) for exit in range(1, int(exits.max()) + 1)]
-    assert seen[1] == [8] * int(exits.max())
+    assert seen[1] == [24] * int(exits.max())
 
 
 def test_tables_and_curves(workload):
-    measured = benchmark.throughput(workload, (1, 4), (2.0,), 1, "cpu")
+    measured = benchmark.throughput(workload, (1, 8), (2.0,), 1, "cpu")
     assert list(measured) == [
         "full depth, batch 1",
         "early exit at 2x, batch 1",
-        "full depth, batch 4",
-        "early exit at 2x, batch 4",
+        "full depth, batch 8",
+        "early exit at 2x, batch 8",
     ]
     logits = benchmark.stored_logits(workload)
     reached = metrics.speed_up(benchmark.calibrated(logits, 2.0)(logits), len(logits))
-    assert measured["early exit at 2x, batch 4"]["speed-up in layers"] == reached
-    assert measured["full depth, batch 4"]["speed-up in time"] == 1
+    assert measured["early exit at 2x, batch 8"]["speed-up in layers"] == reached
+    assert measured["full depth, batch 8"]["speed-up in time"] == 1
     assert measured["early exit at 2x, batch 1"]["speed-up over batches of one"] == 1
     assert benchmark.throughput_table(measured).count("\n| early exit at 2x | ") == 2
-    assert [size for size, _ in benchmark.curves(measured)["early exit at 2x"]] == [1, 4]
+    assert [size for size, _ in benchmark.curves(measured)["early exit at 2x"]] == [1, 8]
 
 
 def test_one_thread_is_restored():

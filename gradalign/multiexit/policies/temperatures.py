@@ -102,7 +102,7 @@ def calibrate_temperatures(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (N,), integer, in [0, C).
 
     Returns:
-        (M,), float64, dimensionless, in [0.01, 100]. The bounds are what is returned where the best lies beyond: 0.01
+        (M,), float64, dimensionless, in [0.01, 100]. Where the best lies beyond, a bound is returned, 0.01
         for an exit that is right by a margin on every row, 100 for one that is no better than chance, or whose logits
         do not differ.
 
