@@ -149,6 +149,8 @@ def _config(options: argparse.Namespace, method: str, seed: int) -> ImageConfig:
         alpha=options.alpha,
         temperature=options.temperature,
         reduction=options.reduction,
+        full_step=options.full_step,
+        pair_exit=options.pair_exit,
         granularity=options.granularity,
     )
 
@@ -189,6 +191,13 @@ def _exits(text: str) -> str | tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"must be a name or block numbers as 4,8,12, got {text!r}") from error
 
 
+def _method(text: str) -> str:
+    try:
+        return methods.get(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"gradalign: {message}; see {self.prog} --help\n")
@@ -200,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     one = commands.add_parser("train", help="train one network", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    one.add_argument("--method", default="gaml-soft", choices=methods.names(), help="; ".join(_method_help()))
+    one.add_argument("--method", type=_method, default="gaml-soft", metavar="METHOD", help="; ".join(_method_help()))
     one.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     one.add_argument("--out", type=Path, help="folder of the run; runs/METHOD-seedN if left out")
     one.add_argument("--resume", type=Path, metavar="RUN", help="continue a run that was stopped, as it was configured")
@@ -216,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         nargs="+",
         default=["joint", "ml", "gaml-hard", "gaml-soft"],
-        choices=methods.names(),
+        type=_method,
         metavar="METHOD",
         help="; ".join(_method_help()),
     )
@@ -262,6 +271,14 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="of the distillation over pairs of exits, the method's own if left out; sum is the paper's Eq. 3",
     )
     parser.add_argument(
+        "--full-step",
+        action=argparse.BooleanOptionalAction,
+        help="whether GA-hard takes the whole gradient of the cross-entropy where it drops the distillation",
+    )
+    parser.add_argument(
+        "--pair-exit", type=int, help="the early exit of pml-..., which train it and the last; 1 if left out"
+    )
+    parser.add_argument(
         "--granularity", default="global", choices=("global", "layer", "tensor"), help="what shares one Gramian"
     )
     _add_device(parser)
@@ -272,7 +289,11 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _method_help() -> list[str]:
-    return [f"{name}: {methods.get(name).summary}" for name in methods.names()]
+    named = [f"{name}: {methods.get(name).summary}" for name in methods.names()]
+    return [
+        *named,
+        "kd:RULE: cross-entropy and distillation joined by a rule; exits:RULE: one loss an exit joined by it",
+    ]
 
 
 if __name__ == "__main__":
