@@ -12,8 +12,10 @@ from gradalign.multiexit import methods
 from gradalign.multiexit.methods import Settings, Step
 from tests.multiexit.methods.small import batch, random_logits, small
 
+DEFAULTS = Settings()
 
-def trained(name, settings=Settings(), steps=3):
+
+def trained(name, settings=DEFAULTS, steps=3):
     """Return parameters before and after some steps."""
     model, (inputs, labels) = small(4), batch()
     (stage,) = methods.get(name).stages
