@@ -44,7 +44,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(accelerate|lightning|numpy|torch|transformers)(\..*)?"),
     (r"py:.*", rf"({_STANDARD_LIBRARY})\..+"),
     # A type variable has no page.
-    (r"py:class", r"gradalign\.multiexit\.policies\.PolicyT"),
+    (r"py:class", r"gradalign\.multiexit\.policies\.speed\.PolicyT"),
     # A private base class, which a class's line of bases names.
     (r"py:class", r"gradalign\.(\w+\.)*_[A-Za-z]\w*"),
 ]

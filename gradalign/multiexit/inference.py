@@ -57,8 +57,8 @@ class Policy(ABC):
     """Decide exit by exit which rows leave; whoever is left leaves at exit M.
 
     A subclass is a frozen dataclass and writes ``step``; ``check`` where not every M or C makes sense;
-    ``settings`` for ``calibrate``. The same ``step`` decides on stored logits (``decide``) and on a running
-    model (``early_exit``).
+    ``settings`` for ``calibrate``; ``looks`` where it does not need every exit. The same ``step`` decides on
+    stored logits (``decide``) and on a running model (``early_exit``).
     """
 
     @abstractmethod
@@ -69,16 +69,23 @@ class Policy(ABC):
             logits: (n, C), floating, of this exit.
             exit: 1 for the first.
             state: What the policy remembers of each row, tensors (n, ...), to be updated in place; empty at
-                exit 1, and afterwards cut down to the rows that stayed.
+                the first exit it looks at, and afterwards cut down to the rows that stayed.
 
         Returns:
             Which rows leave here, (n,), bool, and the answer if they do, (n, C).
         """
 
+    def looks(self, exit: int) -> bool:
+        """Say whether the policy needs the logits of an exit; where not, no row leaves and ``step`` is not called.
+
+        Exit M is looked at always, if rows are left.
+        """
+        return True
+
     def check(self, num_exits: int, num_classes: int) -> None:  # noqa: B027 (most policies suit any network)
         """Raise ValueError unless the policy makes sense for M exits and C classes."""
 
-    def settings(self, logits: Tensor) -> tuple[str, Sequence[float]]:
+    def settings(self, logits: Tensor) -> tuple[str, Sequence[Any]]:
         """Return the field to calibrate and its values worth trying on (M, N, C) logits, slowest first."""
         raise NotImplementedError(f"`settings` must be written to calibrate {type(self).__name__}.")
 
@@ -100,6 +107,9 @@ class Policy(ABC):
         M, N, _ = check_logits(logits)
         walk = Walk(self, M, N, logits.device)
         for exit_logits in logits:
+            if not walk.looks():
+                walk.pass_by()
+                continue
             walk.visit(exit_logits[walk.rows])
             if walk.finished:
                 break
@@ -109,7 +119,8 @@ class Policy(ABC):
 class Walk:
     """N rows on their way through M exits.
 
-    Each exit writes its answer and its number for every row still there, so that the last one written stands.
+    Each exit that is visited writes its answer and its number for every row still there, so that the last one written
+    stands.
 
     Args:
         policy: Says who leaves.
@@ -132,8 +143,17 @@ class Walk:
 
     @property
     def finished(self) -> bool:
-        """No row is left."""
-        return self.rows.numel() == 0
+        """No row is left, and the number of classes is known."""
+        return self.rows.numel() == 0 and self._logits is not None
+
+    def looks(self) -> bool:
+        """Say whether the next exit's logits are needed."""
+        exit = self._exit + 1
+        return exit == self._num_exits or self._policy.looks(exit)
+
+    def pass_by(self) -> None:
+        """Go by the next exit, where no row leaves."""
+        self._exit += 1
 
     def visit(self, logits: Tensor) -> Tensor:
         """Take the next exit's logits of the rows still there, and let some leave.
@@ -165,7 +185,7 @@ class Walk:
         return stay
 
     def decision(self) -> Decision:
-        """Return what has been decided, of which every row was seen once at least."""
+        """Return what has been decided; every row was visited once at least."""
         if self._logits is None:
             raise RuntimeError("`visit` must be called once at least before there is a decision.")
         labels = self._logits.squeeze(-1) if self._logits.shape[-1] == 1 else self._logits.argmax(-1)
@@ -178,7 +198,8 @@ def early_exit(model: MultiExitModel, inputs: Inputs, policy: Policy) -> Decisio
     What it does:
 
     1. put the model in evaluation mode, without gradients;
-    2. run all rows to the first exit and ask the policy;
+    2. run all rows to the first exit that the policy looks at, and ask it; the heads that are passed by are not run
+       where the model has ``layers``, which runs what lies before an exit without its head;
     3. drop the rows that leave, so that only the others are computed on, and go on to the next exit;
     4. at exit M let all leave; put every module back into the mode it was in, also after an error.
 
@@ -186,7 +207,7 @@ def early_exit(model: MultiExitModel, inputs: Inputs, policy: Policy) -> Decisio
     up to rounding of the model's own arithmetic.
 
     Args:
-        model: With ``num_exits``, ``start`` and ``advance``.
+        model: With ``num_exits``, ``start`` and ``advance``; a method ``layers(hidden, exit) -> hidden`` saves heads.
         inputs: What ``model.start`` takes: (N, ...), or several such by name, as a tokenizer gives them; N may be 0.
         policy: Who leaves where.
 
@@ -209,6 +230,10 @@ def early_exit(model: MultiExitModel, inputs: Inputs, policy: Policy) -> Decisio
         first = hidden if isinstance(hidden, Tensor) else next(iter(hidden.values()))
         walk = Walk(policy, model.num_exits, first.shape[0], first.device)
         for exit in range(1, model.num_exits + 1):
+            if not walk.looks():
+                hidden = _layers(model, hidden, exit)
+                walk.pass_by()
+                continue
             hidden, logits = model.advance(hidden, exit)
             stay = walk.visit(logits)
             if walk.finished:
@@ -246,6 +271,15 @@ def evaluating(model: object) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _layers(model: MultiExitModel, hidden: Any, exit: int) -> Any:  # noqa: ANN401
+    """Run what lies before an exit, without its head where the model can do that."""
+    layers = getattr(model, "layers", None)
+    # A network may well keep its modules in a list of this name.
+    if callable(layers) and not isinstance(layers, nn.Module):
+        return layers(hidden, exit)
+    return model.advance(hidden, exit)[0]
 
 
 def _keep(tensor: Tensor, rows: Tensor) -> Tensor:

@@ -6,11 +6,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gradalign.multiexit.inference import MultiExitModel, Walk, early_exit
-from gradalign.multiexit.policies import Budget, Entropy, MaxProbability, Patience, Policy, calibrate
+from gradalign.multiexit.inference import MultiExitModel, Walk, early_exit, every_exit
+from gradalign.multiexit.policies import (
+    Budget,
+    Calibrated,
+    Entropy,
+    MaxProbability,
+    Patience,
+    PatientConfidence,
+    Policy,
+    calibrate,
+)
 from gradalign.multiexit.resnet import MultiExitResNet
 
-POLICIES = [Budget(3), Entropy(0.0), MaxProbability(0.0), Patience(1)]
+POLICIES = [
+    Budget(3),
+    Entropy(0.0),
+    MaxProbability(0.0),
+    Patience(1),
+    PatientConfidence(0.0, patience=2),
+    Calibrated(MaxProbability(0.0), [0.5, 2.0, 1.0, 0.7, 1.5, 3.0]),
+]
 ROWS = 12
 
 
@@ -70,6 +86,44 @@ class Table:
     def advance(self, hidden, exit):
         self.asked.append(hidden.tolist())
         return hidden, self.logits[exit - 1, hidden]
+
+
+class Text(nn.Module):
+    """An encoder of sentences whose hidden state is two tensors, one of which is a mask."""
+
+    def __init__(self, num_exits=4, width=16, num_classes=3):
+        super().__init__()
+        self.num_exits = num_exits
+        self.words = nn.Embedding(20, width)
+        self.encoders = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True) for _ in range(num_exits)
+        )
+        self.heads = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(num_exits))
+
+    def start(self, inputs):
+        return {"hidden": self.words(inputs["words"]), "mask": inputs["mask"]}
+
+    def layers(self, hidden, exit):
+        after = self.encoders[exit - 1](hidden["hidden"], src_key_padding_mask=~hidden["mask"])
+        return {**hidden, "hidden": after}
+
+    def advance(self, hidden, exit):
+        hidden = self.layers(hidden, exit)
+        return hidden, exit * self.heads[exit - 1](hidden["hidden"][:, 0])
+
+
+def sentences():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.arange(ROWS) % 5 + 2
+    mask = torch.arange(7) < lengths[:, None]
+    return {"words": torch.randint(20, (ROWS, 7), generator=generator), "mask": mask}
+
+
+@pytest.fixture(scope="module")
+def text():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Text().eval()
 
 
 class TestAnswers:
@@ -138,7 +192,21 @@ class TestAnswers:
         logits = torch.randn(3, 4, 2)
         for policy in (Budget(2), MaxProbability(0.8)):
             decision = early_exit(Mixed(logits), torch.arange(4), policy)
-            torch.testing.assert_close(decision.logits, policy.decide(logits).logits)
+            # In the precision of the first exit looked at.
+            assert decision.logits.dtype == (torch.float64 if policy == Budget(2) else torch.float32)
+            torch.testing.assert_close(decision.logits, policy.decide(logits).logits, check_dtype=False)
+
+    def test_text_like_hidden_states(self, text):
+        batch = sentences()
+        with torch.no_grad():
+            stored = every_exit(text, batch)
+        policy = at_work(Entropy(0.0), stored)
+        decision = early_exit(text, batch, policy)
+        assert_same(decision, policy.decide(stored))
+        for row in range(ROWS):
+            alone = early_exit(text, {name: tensor[row : row + 1] for name, tensor in batch.items()}, policy)
+            assert (alone.exits, alone.labels) == (decision.exits[row], decision.labels[row])
+            torch.testing.assert_close(alone.logits[0], decision.logits[row])
 
     @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
     def test_empty_batch(self, model, policy):
@@ -165,6 +233,8 @@ class TestComputation:
                 hook.remove()
         there = {exit: int((exits >= exit).sum()) for exit in range(1, model.num_exits + 1)}
         expected = {f"{part} {exit}": n for part in ("blocks", "heads") for exit, n in there.items() if n}
+        if isinstance(policy, Budget):
+            del expected["heads 1"], expected["heads 2"]
         assert seen == expected  # with exits after every block, block and head m belong to exit m
         assert len(set(expected.values())) > 1 or isinstance(policy, Budget)
 
@@ -179,6 +249,50 @@ class TestComputation:
                 early_exit(model, images(), Budget(4))
         finally:
             hook.remove()
+
+    def test_a_model_without_layers_runs_the_heads_and_gives_the_same(self):
+        logits = torch.randn(4, 3, 2)
+        table = Table(logits)
+        decision = early_exit(table, torch.arange(3), Budget(3))
+        assert table.asked == [[0, 1, 2]] * 3
+        assert torch.equal(decision.logits, logits[2])
+
+    def test_a_list_of_modules_called_layers_is_not_called(self):
+        class Listed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.num_exits = 3
+                self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+            def start(self, inputs):
+                return inputs
+
+            def advance(self, hidden, exit):
+                hidden = self.layers[exit - 1](hidden)
+                return hidden, hidden
+
+        network = Listed()
+        expected = network.layers[1](network.layers[0](torch.ones(2, 2)))
+        torch.testing.assert_close(early_exit(network, torch.ones(2, 2), Budget(2)).logits, expected.detach())
+
+    def test_looks_at_some_exits_alone(self):
+        @dataclasses.dataclass(frozen=True)
+        class Even(Policy):
+            def looks(self, exit):
+                return exit % 2 == 0
+
+            def step(self, logits, exit, state):
+                assert exit in (2, 4, 5)  # the last is looked at always
+                return logits[:, 0] > 0, logits
+
+        logits = torch.tensor([[1, 1, 1], [1, -1, -1], [1, 1, 1], [1, 1, -1], [-1, -1, -1]]).float()
+        logits = torch.stack([logits, -logits], -1)
+        decision = Even().decide(logits)
+        assert decision.exits.tolist() == [2, 4, 5]
+        assert decision.labels.tolist() == [0, 0, 1]
+        table = Table(logits)
+        assert_same(early_exit(table, torch.arange(3), Even()), decision)
+        assert table.asked == [[0, 1, 2], [0, 1, 2], [1, 2], [1, 2], [2]]
 
     def test_no_gradients(self, model):
         decision = early_exit(model, images().requires_grad_(), MaxProbability(0.9))

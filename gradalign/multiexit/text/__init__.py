@@ -1,0 +1,1 @@
+"""Multi-exit networks for text; needs the extra "text"."""
