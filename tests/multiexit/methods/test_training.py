@@ -228,7 +228,7 @@ def temperature(run):
 def test_dbts_temperature_goes_on_to_the_bit(digits, tmp_path, monkeypatch):
     whole = trained(tmp_path / "whole", digits, method="dbt", epochs=12, learning_rate=0.05)
     run = Run.create(tmp_path / "stopped", whole.config)
-    interrupting(monkeypatch, [11 * AN_EPOCH + 2])
+    interrupting(monkeypatch, [4 * AN_EPOCH + 2])
     with pytest.raises(Interrupted):
         train(run, work(run.config, digits))
     reached = temperature(run)
