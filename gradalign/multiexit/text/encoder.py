@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradalign.errors import missing_extra
 from gradalign.multiexit.inference import every_exit
-from gradalign.multiexit.objectives import weighted_cross_entropy
+from gradalign.multiexit.objectives import weighted_loss
 from gradalign.multiexit.policies import Policy
 from gradalign.multiexit.text import backbones, heads
 from gradalign.multiexit.text.config import MultiExitConfig
@@ -249,7 +249,7 @@ class MultiExitEncoder(PreTrainedModel):
         logits = every_exit(self, {name: tensor for name, tensor in batch.items() if tensor is not None})
         if labels is None:
             return logits
-        return SequenceClassifierOutput(loss=weighted_cross_entropy(logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=weighted_loss(logits, labels), logits=logits)
 
     def predict(
         self,
