@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gradalign.multiexit import policies
 from gradalign.multiexit.configs import Config
-from gradalign.multiexit.evaluation import Outcome, at_accuracy
+from gradalign.multiexit.evaluation import Outcome, at_score
 from gradalign.multiexit.files import write_json
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.training import train
-from gradalign.multiexit.workloads import workload_of
+from gradalign.multiexit.workloads import judge_of, workload_of
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,21 @@ class Row:
     Attributes:
         method: The method.
         seed: The seed.
-        mean_accuracy: Test accuracy, mean over the exits.
-        last_accuracy: Test accuracy of the last exit.
+        main: The metric that the scores are of.
+        mean_score: On test rows, mean over the exits.
+        last_score: On test rows, of the last exit.
         conflicts: Share of the steps whose losses conflict, None with a single loss.
         reversals: Share of the steps with a weight below zero.
-        equal: The fastest entropy policy that on held-out images is as accurate as the first method's last exit, as it
-            comes out on test images; None where no setting is.
+        equal: The fastest entropy policy that on held-out rows is as good as the first method's last exit, as it comes
+            out on test rows; None where no setting is, and in regression, where there is no entropy.
         seconds: Training time.
     """
 
     method: str
     seed: int
-    mean_accuracy: float
-    last_accuracy: float
+    main: str
+    mean_score: float
+    last_score: float
     conflicts: float | None
     reversals: float
     equal: Outcome | None
@@ -53,7 +56,7 @@ def compare(
 
     Args:
         config: What the runs share; its method and seed are replaced.
-        methods: The methods; the accuracy of the first one's last exit is what the others' speed-up is measured at.
+        methods: The methods; the score of the first one's last exit is what the others' speed-up is measured at.
         seeds: The seeds.
         folder: Holds a folder for each run, named METHOD-seedN, and comparison.json.
         device: Where to compute.
@@ -65,7 +68,7 @@ def compare(
         if len(set(values)) < len(values):
             raise ValueError(f"`{argument}` must be different from one another, got {', '.join(map(str, values))}.")
     runs = {
-        (method, seed): _prepare(_folder_of(folder, method, seed), replace(config, method=method, seed=seed))
+        (method, seed): Run(_folder_of(folder, method, seed)).prepared(replace(config, method=method, seed=seed))
         for seed in seeds
         for method in methods
     }
@@ -74,8 +77,7 @@ def compare(
             train(run, workload_of(run.config, device))
     rows = []
     for seed in seeds:
-        logits, labels = runs[methods[0], seed].logits("held_out")
-        wanted = float((logits[-1].argmax(-1) == labels).double().mean())
+        wanted = judge_of(config)(*_last_answers(*runs[methods[0], seed].logits("held_out")))
         rows += [_row(runs[method, seed], wanted) for method in methods]
     write_json(folder / "comparison.json", [_record(row) for row in rows])
     return rows
@@ -115,8 +117,8 @@ def table(rows: Sequence[Row]) -> str:
             (
                 method,
                 str(len(of_method)),
-                _spread([100 * row.mean_accuracy for row in of_method], " %"),
-                _spread([100 * row.last_accuracy for row in of_method], " %"),
+                _spread([100 * row.mean_score for row in of_method], " %"),
+                _spread([100 * row.last_score for row in of_method], " %"),
                 _spread([100 * row.conflicts for row in paired if row.conflicts is not None], " %"),
                 _spread([100 * row.reversals for row in paired], " %"),
                 _spread(speed_ups, "x", digits=2) + _reached(len(speed_ups), len(of_method)),
@@ -131,22 +133,6 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def _prepare(folder: Path, config: Config) -> Run:
-    """Return the run in the folder, made where there is none."""
-    run = Run(folder)
-    if not run.exists:
-        return Run.create(folder, config)
-    there = run.config
-    if there != config:
-        before, now = there.to_dict(), config.to_dict()
-        found = ", ".join(f"{name}={value!r}" for name, value in before.items() if now.get(name) != value)
-        raise ValueError(
-            f"`out` must be a folder whose runs have this configuration, got {str(folder)!r} with {found};"
-            " name another folder, or give the same settings to continue."
-        )
-    return run
-
-
 def _row(run: Run, wanted: float) -> Row:
     config, result = run.config, run.result
     steps = list(run.metrics("step"))
@@ -154,13 +140,25 @@ def _row(run: Run, wanted: float) -> Row:
     return Row(
         config.method,
         config.seed,
-        statistics.fmean(result["test_accuracy"]),
-        result["test_accuracy"][-1],
+        result["main"],
+        statistics.fmean(result[f"test_{result['main']}"]),
+        result[f"test_{result['main']}"][-1],
         statistics.fmean(bool(step["conflicts"]) for step in steps) if paired else None,
         statistics.fmean(step["reversals"] > 0 for step in steps),
-        at_accuracy(policies.Entropy(0.0), run.logits("held_out"), run.logits("test"), wanted, result["costs"]),
+        _at_score(run, wanted),
         result["seconds"],
     )
+
+
+def _last_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return policies.Budget(len(logits)).decide(logits).labels, labels
+
+
+def _at_score(run: Run, wanted: float) -> Outcome | None:
+    held_out, test = run.logits("held_out"), run.logits("test")
+    if held_out[0].shape[-1] == 1:
+        return None
+    return at_score(policies.Entropy(0.0), held_out, test, wanted, run.result["costs"], judge_of(run.config))
 
 
 def _record(row: Row) -> Mapping[str, object]:

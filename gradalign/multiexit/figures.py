@@ -45,7 +45,7 @@ def plot_runs(runs: Runs, folder: Path) -> list[Path]:
         weights over time; the last two of the methods that have two losses, weights where the rule has any.
     """
     paired = {method: of_method for method, of_method in runs.items() if _has_pair(of_method[0])}
-    drawn = [_draw(folder / "depth-accuracy.png", [runs], _depth_accuracy)]
+    drawn = [_draw(folder / "depth-accuracy.png", [runs], _depth_scores)]
     if paired:
         drawn.append(_draw(folder / "angles.png", _alone(paired), _angles))
     weighted = {method: of_method for method, of_method in paired.items() if _has_weights(of_method[0])}
@@ -59,11 +59,16 @@ def _alone(runs: Runs) -> list[Runs]:
     return [{method: of_method} for method, of_method in runs.items()]
 
 
+def canvas(panels: int, height: float = 3.8) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure with so many panels side by side; height in inches."""
+    figure = Figure(figsize=(1.2 + 4.2 * max(panels, 1.4), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
+
+
 def _draw(path: Path, panels: Sequence[Runs], draw: Callable[[Axes, Runs], None]) -> Path:
     """Draw one panel beside the other and write the file."""
-    figure = Figure(figsize=(1.2 + 4.2 * max(len(panels), 1.4), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    figure, axes = canvas(len(panels))
     for axis, runs in zip(axes, panels, strict=True):
         draw(axis, runs)
         axis.label_outer()
@@ -71,32 +76,47 @@ def _draw(path: Path, panels: Sequence[Runs], draw: Callable[[Axes, Runs], None]
     return path
 
 
-def _depth_accuracy(axis: Axes, runs: Runs) -> None:
-    """One curve a method: the mean over seeds, and the range of them as a band."""
-    for method, of_method in runs.items():
-        curves = list(zip(*(run.result["test_accuracy"] for run in of_method), strict=True))
-        exits = range(1, len(curves) + 1)
+def _depth_scores(axis: Axes, runs: Runs) -> None:
+    main = next(iter(runs.values()))[0].result["main"]
+    draw_depths(axis, {method: [_scores(run) for run in of_method] for method, of_method in runs.items()})
+    axis.set_ylabel(f"test {main}")
+
+
+def draw_depths(axis: Axes, curves: Mapping[str, Sequence[Sequence[float]]], title: str = "") -> None:
+    """Draw each name's scores by exit, one sequence a seed: the mean, and the seeds' range as a band."""
+    for name, of_name in curves.items():
+        by_exit = list(zip(*of_name, strict=True))
+        exits = range(1, len(by_exit) + 1)
         (line,) = axis.plot(
-            exits, [statistics.fmean(values) for values in curves], marker="o", markersize=3, label=method
+            exits, [statistics.fmean(values) for values in by_exit], marker="o", markersize=3, label=name
         )
-        low, high = [min(values) for values in curves], [max(values) for values in curves]
+        low, high = [min(values) for values in by_exit], [max(values) for values in by_exit]
         axis.fill_between(exits, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set(xlabel="exit", ylabel="test accuracy")
+    axis.set(xlabel="exit", title=title)
     axis.grid(alpha=0.3)
-    axis.legend()
+    if curves:
+        axis.legend()
+
+
+def angles_of(run: Run) -> list[float]:
+    """Return the angle between the first two loss groups at each step, degrees; a zero gradient has none."""
+    return [angle for step in run.metrics("step") if (angle := step["angles"][0][1]) is not None]
 
 
 def _angles(axis: Axes, runs: Runs) -> None:
-    """The angle between the first two loss groups at every step; above 90 degrees they conflict."""
     ((method, of_method),) = runs.items()
-    every = [step["angles"][0][1] for run in of_method for step in run.metrics("step")]
-    angles = [angle for angle in every if angle is not None]  # a zero gradient has none
+    draw_angles(axis, method, of_method)
+
+
+def draw_angles(axis: Axes, name: str, runs: Sequence[Run]) -> None:
+    """Draw the histogram of the angles between the first two loss groups; above 90 degrees they conflict."""
+    angles = [angle for run in runs for angle in angles_of(run)]
     share = sum(angle > _RIGHT_ANGLE for angle in angles) / max(len(angles), 1)
     axis.hist(angles, bins=[5.0 * k for k in range(37)])
     axis.axvline(_RIGHT_ANGLE, color="black", linewidth=1)
     axis.set(xticks=range(0, 181, 45), xlabel="angle between gradients, degrees", ylabel="steps")
-    axis.set_title(f"{method}: {share:.0%} above 90°")
+    axis.set_title(f"{name}: {share:.0%} above 90°")
 
 
 def _weights(axis: Axes, runs: Runs) -> None:
@@ -114,6 +134,13 @@ def _weights(axis: Axes, runs: Runs) -> None:
 def _by_blocks(weights: list[Any]) -> list[list[float]]:
     """Return weights (K,) or (blocks, K) as (blocks, K)."""
     return weights if isinstance(weights[0], list) else [weights]
+
+
+def _scores(run: Run) -> list[float]:
+    """Return the main score of each exit on test rows."""
+    result = run.result
+    scores: list[float] = result[f"test_{result['main']}"]
+    return scores
 
 
 def _has_pair(run: Run) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -92,6 +92,21 @@ class ImageWorkload(Workload):
     def scores(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the accuracy of each exit."""
         return {self.main: exit_accuracies(logits, labels)}
+
+    def rows(self, split: SplitName, count: int) -> Iterator[Tensor]:
+        """Yield the first images of a split, one at a time, on the device."""
+        part = self.data.held_out if split == "held_out" else self.data.test
+        for pixels in part.images[:count].split(1):
+            yield self.data.inputs(pixels.to(self.device))
+
+    def depth(self, model: nn.Module) -> int:
+        """Return how many residual blocks a network has."""
+        return len(cast(MultiExitResNet, model).blocks)
+
+    def whole(self) -> tuple[int, float]:
+        """Return the blocks of the network without exits, and its multiply-accumulates."""
+        model = self.config.make_model(self.data.num_classes, self.data.in_channels)
+        return self.depth(model), exit_macs(model, self.data.image_size, heads=False)[-1]
 
     def costs(self, model: nn.Module) -> Sequence[float]:
         """Return the multiply-accumulates of an image up to each exit with all heads, and last of the bare network."""

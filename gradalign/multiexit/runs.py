@@ -79,6 +79,23 @@ class Run:
             )
         return run
 
+    def prepared(self, config: Config) -> Run:
+        """Return the run, made where the folder holds none.
+
+        Raises:
+            ValueError: The folder holds a run of another configuration.
+        """
+        if not self.exists:
+            return self.create(self.folder, config)
+        before, now = self.config.to_dict(), config.to_dict()
+        if before != now:
+            found = ", ".join(f"{name}={value!r}" for name, value in before.items() if now.get(name) != value)
+            raise ValueError(
+                f"`out` must be a folder whose runs have this configuration, got {str(self.folder)!r} with {found};"
+                " name another folder, or give the same settings to continue."
+            )
+        return self
+
     @property
     def exists(self) -> bool:
         """The folder holds a run."""

@@ -308,6 +308,7 @@ class _Training:
             f"{split}_{name}": values for split in _SPLITS for name, values in self.work.scores(*logits[split]).items()
         }
         stages = [*self.stages_done, self.step]
+        whole_depth, whole_cost = self.work.whole()
         self.run.save_result(
             {
                 "main": self.work.main,
@@ -315,6 +316,9 @@ class _Training:
                 "stages": stages,
                 "seconds": self.seconds,
                 "costs": list(self.work.costs(model)),
+                "depth": self.work.depth(model),
+                "whole_depth": whole_depth,
+                "whole_cost": whole_cost,
                 **scores,
             }
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradalign.multiexit.configs import Config, ImageConfig
+from gradalign.multiexit.configs import Config, ImageConfig, TextConfig
 from gradalign.multiexit.inference import Inputs
 
 SplitName = Literal["held_out", "test"]
@@ -73,6 +73,18 @@ class Workload(ABC):
         """Return each score by name, (M,)."""
 
     @abstractmethod
+    def rows(self, split: SplitName, count: int) -> Iterator[Inputs]:
+        """Yield the inputs of the first rows of a split, a batch of one each, on the device."""
+
+    @abstractmethod
+    def depth(self, model: nn.Module) -> int:
+        """Return how many layers a network has."""
+
+    @abstractmethod
+    def whole(self) -> tuple[int, float]:
+        """Return the layers of the network without exits that the run began with, and its multiply-accumulates."""
+
+    @abstractmethod
     def costs(self, model: nn.Module) -> Sequence[float]:
         """Return the multiply-accumulates of a row up to each exit with all heads, and last of the bare network."""
 
@@ -92,11 +104,25 @@ def workload_of(config: Config, device: torch.device | str = "cpu") -> Workload:
         FileNotFoundError: There are no such data.
         ValueError: The data are not as they must be.
     """
-    from gradalign.multiexit.images import ImageWorkload  # noqa: PLC0415 (needs extras, each kind its own)
-
     if isinstance(config, ImageConfig):
+        from gradalign.multiexit.images import ImageWorkload  # noqa: PLC0415 (needs extras, each kind its own)
+
         return ImageWorkload(config, torch.device(device))
+    if isinstance(config, TextConfig):
+        from gradalign.multiexit.text.workload import TextWorkload  # noqa: PLC0415
+
+        return TextWorkload(config, torch.device(device))
     raise TypeError(f"`config` must be of a known kind, got {type(config).__name__}.")
+
+
+def judge_of(config: Config) -> Callable[[Tensor, Tensor], float]:
+    """Return the main score of a configuration's task, a function of answers (N,) and labels (N,)."""
+    if isinstance(config, TextConfig):
+        from gradalign.multiexit.text import glue, scores  # noqa: PLC0415 (needs scikit-learn, for text alone)
+
+        task = glue.task(config.task)
+        return lambda answers, labels: scores.score_answers(task, answers, labels)[task.main]
+    return lambda answers, labels: float((answers == labels).double().mean())
 
 
 def generator(seed: int, purpose: str, number: int) -> torch.Generator:

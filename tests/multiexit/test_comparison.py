@@ -9,9 +9,10 @@ import pytest
 from gradalign.multiexit import policies
 from gradalign.multiexit.comparison import Row, _row, compare, runs_in, runs_of, table
 from gradalign.multiexit.configs import ImageConfig
-from gradalign.multiexit.evaluation import Outcome, at_accuracy
+from gradalign.multiexit.evaluation import Outcome, at_score
 from gradalign.multiexit.figures import plot_run, plot_runs
 from gradalign.multiexit.runs import Run
+from gradalign.multiexit.workloads import judge_of
 
 SMALL = ImageConfig(depth=8, exits=(1, 2), epochs=1, batch_size=64, learning_rate=0.05)
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -29,8 +30,8 @@ def test_a_row_says_what_its_run_came_to(compared):
     for row in rows:
         run = Run.open(folder / f"{row.method}-seed{row.seed}")
         accuracy = run.result["test_accuracy"]
-        assert row.last_accuracy == accuracy[-1]
-        assert row.mean_accuracy == pytest.approx(sum(accuracy) / 3)
+        assert row.last_score == accuracy[-1]
+        assert row.mean_score == pytest.approx(sum(accuracy) / 3)
         steps = list(run.metrics("step"))
         if row.method == "joint":
             assert row.conflicts is None
@@ -48,11 +49,11 @@ def test_the_speed_up_is_at_the_first_methods_held_out_accuracy(compared):
         wanted = float((logits[-1].argmax(-1) == labels).double().mean())
         run = Run.open(folder / f"{row.method}-seed{row.seed}")
         own, test = run.logits("held_out"), run.logits("test")
-        expected = at_accuracy(policies.Entropy(0.0), own, test, wanted, run.result["costs"])
+        expected = at_score(policies.Entropy(0.0), own, test, wanted, run.result["costs"], judge_of(SMALL))
         assert row.equal == expected
         if expected is not None:  # chosen on held-out images, told of test images
             decision = expected.policy.decide(test[0])
-            assert row.equal.accuracy == pytest.approx(float((decision.labels == test[1]).double().mean()))
+            assert row.equal.score == pytest.approx(float((decision.labels == test[1]).double().mean()))
 
 
 def test_a_reversed_step_is_one_with_a_weight_below_zero(compared, tmp_path):
@@ -108,7 +109,7 @@ def test_figures_of_a_comparison_and_of_a_run(compared, tmp_path):
 
 def row(method, seed, mean, last, conflicts, speed_up):
     equal = None if speed_up is None else Outcome(policies.Entropy(0.1), last, speed_up, speed_up)
-    return Row(method, seed, mean, last, conflicts, 0.25, equal, 1.0)
+    return Row(method, seed, "accuracy", mean, last, conflicts, 0.25, equal, 1.0)
 
 
 def test_the_table_has_mean_and_spread():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradalign.multiexit import metrics, policies
-from gradalign.multiexit.evaluation import at_accuracy, at_speed_up
+from gradalign.multiexit.evaluation import at_score, at_speed_up
 
 
 def logits_and_labels(seed, rows=60, exits=5, classes=3):
@@ -18,7 +18,11 @@ def logits_and_labels(seed, rows=60, exits=5, classes=3):
     return noise + 0.9 * depth * torch.nn.functional.one_hot(labels, classes), labels
 
 
-MACS = (10, 20, 30, 40, 50, 45)
+COSTS = (10, 20, 30, 40, 50, 45)
+
+
+def accuracy(answers, labels):
+    return float((answers == labels).double().mean())
 
 
 @pytest.mark.parametrize(
@@ -28,19 +32,19 @@ MACS = (10, 20, 30, 40, 50, 45)
 def test_at_speed_up_is_the_calibrated_policy_on_test_rows(policy, wanted):
     held_out, _ = logits_and_labels(0)
     test, labels = logits_and_labels(1)
-    outcome = at_speed_up(policy, held_out, test, labels, wanted, MACS)
+    outcome = at_speed_up(policy, held_out, (test, labels), wanted, COSTS, accuracy)
     assert outcome.policy == policies.calibrate(policy, held_out, wanted)
     decision = outcome.policy.decide(test)
-    assert outcome.accuracy == pytest.approx(float((decision.labels == labels).float().mean()))
+    assert outcome.score == pytest.approx(float((decision.labels == labels).float().mean()))
     assert outcome.speed_up == metrics.speed_up(decision.exits, 5)
-    # The bare network costs 45 a row; a row that left at exit m cost MACS[m - 1].
-    assert outcome.mac_speed_up == pytest.approx(45 * 60 / sum(MACS[exit - 1] for exit in decision.exits.tolist()))
+    # The bare network costs 45 a row; a row that left at exit m cost COSTS[m - 1].
+    assert outcome.mac_speed_up == pytest.approx(45 * 60 / sum(COSTS[exit - 1] for exit in decision.exits.tolist()))
 
 
-def test_at_accuracy_is_the_fastest_setting_that_is_accurate_on_held_out_rows():
+def test_at_score_is_the_fastest_setting_that_is_good_enough_on_held_out_rows():
     held_out, test = logits_and_labels(0), logits_and_labels(1)
     wanted = float((held_out[0][-1].argmax(-1) == held_out[1]).double().mean())
-    outcome = at_accuracy(policies.Entropy(0.0), held_out, test, wanted, MACS)
+    outcome = at_score(policies.Entropy(0.0), held_out, test, wanted, COSTS, accuracy)
     field, values = policies.Entropy(0.0).settings(held_out[0])
     good = [
         candidate
@@ -59,6 +63,13 @@ def test_at_accuracy_is_the_fastest_setting_that_is_accurate_on_held_out_rows():
     assert outcome.speed_up > 1
 
 
-def test_an_accuracy_that_no_setting_reaches():
+def test_a_score_that_no_setting_reaches():
     held_out, test = logits_and_labels(0), logits_and_labels(1)
-    assert at_accuracy(policies.Patience(1), held_out, test, 1.01, MACS) is None
+    assert at_score(policies.Patience(1), held_out, test, 1.01, COSTS, accuracy) is None
+
+
+def test_the_score_is_the_judges():
+    held_out, test = logits_and_labels(0), logits_and_labels(1)
+    outcome = at_score(policies.Budget(1), held_out, test, 7.0, COSTS, lambda answers, labels: 7.0 + len(answers))
+    assert outcome.policy == policies.Budget(1)  # the fastest, since each is good enough
+    assert outcome.score == 67.0

@@ -8,10 +8,11 @@ from typing import Any
 
 from gradalign.multiexit.configs.base import GRANULARITIES, PRECISIONS, SCOPES, Config
 from gradalign.multiexit.configs.images import ImageConfig
+from gradalign.multiexit.configs.text import TextConfig
 
-__all__ = ["GRANULARITIES", "PRECISIONS", "SCOPES", "Config", "ImageConfig", "config_of"]
+__all__ = ["GRANULARITIES", "PRECISIONS", "SCOPES", "Config", "ImageConfig", "TextConfig", "config_of"]
 
-_KINDS: dict[str, type[Config]] = {kind.kind: kind for kind in (ImageConfig,)}
+_KINDS: dict[str, type[Config]] = {kind.kind: kind for kind in (ImageConfig, TextConfig)}
 
 
 def config_of(values: Mapping[str, Any], where: str) -> Config:

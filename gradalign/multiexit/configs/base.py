@@ -92,6 +92,11 @@ class Config:
         _ = self.settings
 
     @property
+    def title(self) -> str:
+        """What is trained on what, in a line."""
+        raise NotImplementedError
+
+    @property
     def settings(self) -> Settings:
         """What the method takes."""
         return replace(methods.get(self.method).defaults, **{name: getattr(self, name) for name in _FOR_METHODS})

@@ -45,6 +45,11 @@ class ImageConfig(Config):
         with torch.device("meta"):  # says what is wrong with depth and exits, and makes no weights
             MultiExitResNet(self.depth, exits=self.exits)
 
+    @property
+    def title(self) -> str:
+        """What is trained on what, in a line."""
+        return f"MultiExitResNet-{self.depth} on {self.data}, {self.epochs} epochs"
+
     def make_model(self, num_classes: int, in_channels: int) -> MultiExitResNet:
         """Return a new network; its weights depend on the seed alone."""
         with torch.random.fork_rng(devices=[]):

@@ -43,6 +43,8 @@ def load(
     *,
     max_train: int | None = None,
     held_out: float = 0.15,
+    folds: int | None = None,
+    fold: int = 0,
     seed: int = 0,
 ) -> TextData:
     """Return the rows of a task.
@@ -54,7 +56,9 @@ def load(
             sst2/ as written by ``datasets.DatasetDict.save_to_disk``; or sst2/train-*.parquet and
             validation-*.parquet. None takes the rows from the hub, or its local cache.
         max_train: Take only so many rows of the training file, at random; the held-out rows are a part of them.
-        held_out: Share of the training rows to hold out, in (0, 1); at least one row.
+        held_out: Share of the training rows to hold out, in (0, 1); at least one row. Does nothing with ``folds``.
+        folds: Cut the training rows into so many parts, at least 2, for cross-validation, and hold out one of them.
+        fold: Which part is held out, from 0.
         seed: Makes both random choices. It is no run's seed: all runs share the choice.
 
     Raises:
@@ -74,6 +78,17 @@ def load(
         raise ValueError(
             f"`data_dir` must hold at least 2 training rows, one of them to be held out, got {len(order)}."
         )
-    cut = min(max(1, round(held_out * len(order))), len(order) - 1)
-    kept, held = order[cut:].sort().values, order[:cut].sort().values
+    begin, end = _part(len(order), held_out, folds, fold)
+    kept, held = torch.cat([order[:begin], order[end:]]).sort().values, order[begin:end].sort().values
     return TextData(chosen, whole["train"].pick(kept), whole["train"].pick(held), whole["dev"], skipped)
+
+
+def _part(rows: int, held_out: float, folds: int | None, fold: int) -> tuple[int, int]:
+    """Return where the held-out rows begin and end in the shuffled order."""
+    if folds is None:
+        return 0, min(max(1, round(held_out * rows)), rows - 1)
+    if not 2 <= positive_integer("folds", folds) <= rows:
+        raise ValueError(f"`folds` must be in 2..{rows}, a row a fold at least, got {folds}.")
+    if not 0 <= fold < folds:
+        raise ValueError(f"`fold` must be in 0..{folds - 1}, got {fold}.")
+    return fold * rows // folds, (fold + 1) * rows // folds

@@ -1,0 +1,187 @@
+"""train, compare, evaluate and plot."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradalign.cli import options as settings
+
+if TYPE_CHECKING:
+    from gradalign.multiexit.runs import Run
+
+INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
+_SPEED_UPS = (1.5, 2.0)
+
+
+def add_commands(commands: settings.Commands) -> None:
+    """Add the commands."""
+    one = commands.add_parser("train", help="train one network")
+    one.add_argument(
+        "--method", type=settings.method, metavar="METHOD", help=f"gaml-soft if left out; {settings.method_help()}"
+    )
+    one.add_argument(
+        "--seed", type=int, default=None, help="of weights, order, augmentation and dropout; 0 if left out"
+    )
+    one.add_argument("--out", type=Path, help="folder of the run; runs/METHOD-seedN if left out")
+    one.add_argument("--resume", type=Path, metavar="RUN", help="continue a run that was stopped, as it was configured")
+    settings.add_settings(one)
+    one.set_defaults(command=_train)
+
+    several = commands.add_parser("compare", help="train methods with the same seeds and print a table")
+    several.add_argument(
+        "--methods",
+        nargs="+",
+        type=settings.method,
+        default=["joint", "ml", "gaml-hard", "gaml-soft"],
+        metavar="METHOD",
+        help=settings.method_help(),
+    )
+    several.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one run a method and seed")
+    several.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), help="folder of the runs; continued if it has some"
+    )
+    settings.add_settings(several)
+    several.set_defaults(command=_compare)
+
+    judged = commands.add_parser("evaluate", help="score of every exit, and of every policy at 1.5x and 2x")
+    judged.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    judged.set_defaults(command=_evaluate)
+
+    drawn = commands.add_parser("plot", help="draw the pictures of a run or a comparison again")
+    drawn.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, or of a comparison")
+    drawn.set_defaults(command=_plot)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from gradalign.multiexit import processes
+    from gradalign.multiexit.runs import Run
+    from gradalign.multiexit.training import Interrupted, train
+    from gradalign.multiexit.workloads import workload_of
+
+    with processes.joined(settings.device_of(options)) as device:
+        if options.resume:
+            _check_untouched(options)
+            run = Run.open(options.resume)
+            workload = workload_of(run.config, device)
+        else:
+            method, seed = options.method or "gaml-soft", options.seed or 0
+            config = settings.config_of(options, method, seed)
+            workload = workload_of(config, device)
+            folder = options.out or Path("runs") / f"{method.replace(':', '-')}-seed{seed}"
+            if processes.rank() == 0:
+                Run.create(folder, config)
+            processes.wait()
+            run = Run(folder)
+        try:
+            train(run, workload)
+        except Interrupted as stop:
+            return say_interrupted(stop.step, f"gradalign train --resume {run.folder}")
+        if processes.rank() == 0:
+            _say_trained(run)
+    return 0
+
+
+def _say_trained(run: Run) -> None:
+    from gradalign.multiexit.figures import plot_run
+
+    result = run.result
+    print(f"{run.config.method}: test {result['main']} of the exits, first to last")
+    print("  " + " ".join(f"{score:.3f}" for score in result[f"test_{result['main']}"]))
+    print(f"{result['steps']} steps in {result['seconds']:.0f} s; pictures:")
+    for path in plot_run(run):
+        print(f"  {path}")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from gradalign.multiexit.comparison import compare, runs_of, table
+    from gradalign.multiexit.figures import plot_runs
+    from gradalign.multiexit.training import Interrupted
+
+    config = settings.config_of(options, options.methods[0], options.seeds[0])
+    try:
+        rows = compare(config, options.methods, options.seeds, options.out, settings.device_of(options))
+    except Interrupted as stop:
+        return say_interrupted(stop.step, "the same command")
+    text = table(rows)
+    (options.out / "comparison.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{config.title}, test rows:\n\n{text}\n")
+    print(
+        "speed-up: layers saved by an entropy policy that is as good on held-out rows as the last exit of"
+        f" {options.methods[0]}; - where none is."
+    )
+    for row in rows:
+        if row.equal is not None:
+            print(
+                f"  {row.method} seed {row.seed}: {row.equal.speed_up:.2f}x in layers, {row.equal.mac_speed_up:.2f}x in"
+                f" multiply-accumulates, at test {row.main} {row.equal.score:.3f}"
+            )
+    print("pictures:")
+    for path in plot_runs(runs_of(rows, options.out), options.out):
+        print(f"  {path}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from gradalign.multiexit import policies
+    from gradalign.multiexit.evaluation import at_speed_up
+    from gradalign.multiexit.files import write_json
+    from gradalign.multiexit.runs import Run
+    from gradalign.multiexit.workloads import judge_of
+
+    run = Run.open(options.run)
+    result, judge = run.result, judge_of(run.config)
+    held_out, _ = run.logits("held_out")
+    test = run.logits("test")
+    costs, scores = result["costs"], result[f"test_{result['main']}"]
+    print(f"{run.config.method}: test {result['main']} of each exit")
+    for number, (score, cost) in enumerate(zip(scores, costs, strict=False), 1):
+        print(f"  exit {number:2}: {score:.3f}, {cost / 1e6:.2f} M MACs")
+    print("policies, calibrated on held-out rows, on test rows")
+    outcomes = []
+    regression = held_out.shape[-1] == 1
+    kinds = (
+        (policies.Budget(1), policies.Patience(1, tolerance=0.1))
+        if regression
+        else (policies.Budget(1), policies.Entropy(0.0), policies.MaxProbability(1.0), policies.Patience(1))
+    )
+    for policy in kinds:
+        for wanted in (speed_up for speed_up in _SPEED_UPS if speed_up <= len(held_out)):
+            outcome = at_speed_up(policy, held_out, test, wanted, costs, judge)
+            outcomes.append({"wanted": wanted, **asdict(outcome), "policy": repr(outcome.policy)})
+            print(
+                f"  {wanted}x: {result['main']} {outcome.score:.3f} at {outcome.speed_up:.2f}x in layers,"
+                f" {outcome.mac_speed_up:.2f}x in MACs, {outcome.policy}"
+            )
+    write_json(run.folder / "evaluation.json", {f"test_{result['main']}": scores, "policies": outcomes})
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from gradalign.multiexit.comparison import runs_in
+    from gradalign.multiexit.figures import plot_run, plot_runs
+    from gradalign.multiexit.runs import Run
+
+    several = runs_in(options.run)
+    for path in plot_runs(several, options.run) if several else plot_run(Run.open(options.run)):
+        print(path)
+    return 0
+
+
+def _check_untouched(options: argparse.Namespace) -> None:
+    """Raise ValueError if a setting or a folder was given together with --resume, where it would do nothing."""
+    names = list(settings.given(options))
+    names += [name for name in ("method", "seed", "out") if getattr(options, name) is not None]
+    if names:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise ValueError(f"`--resume` must come without settings, for the run has its own, got {given}.")
+
+
+def say_interrupted(step: int, how: str) -> int:
+    """Say how a run goes on that Ctrl-C ended, and return the command's exit status."""
+    print(f"\nstopped after step {step}; a checkpoint is written, {how} continues from it", file=sys.stderr)
+    return INTERRUPTED

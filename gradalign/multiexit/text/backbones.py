@@ -1,0 +1,124 @@
+"""The encoders of transformers that can carry exits, and where each keeps its parts.
+
+Shapes: n rows, L tokens, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradalign.errors import missing_extra, unknown_name
+
+try:
+    from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+except ImportError as error:
+    raise missing_extra("transformers", "text") from error
+
+ATTENTIONS = ("eager", "sdpa")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the encoders of one architecture keep their parts.
+
+    Attributes:
+        layers: Names the module that is run as each layer, in order; ALBERT runs one several times.
+        keeps: Cuts the stack down to its first layers.
+        project: Maps embeddings to the hidden width, None where they have it.
+        pooler: Names the linear layer of the pretrained pooler in the checkpoints, None where there is none.
+        arguments: Of the model's class, beside its configuration.
+        takes_types: The embeddings take token types.
+    """
+
+    layers: Callable[[Any], list[nn.Module]]
+    keeps: Callable[[Any, int], None]
+    project: Callable[[Any], nn.Module | None] = lambda backbone: None
+    pooler: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    takes_types: bool = True
+
+
+def _stack(backbone: Any) -> Any:  # noqa: ANN401 (a module of transformers)
+    return backbone.transformer if hasattr(backbone, "transformer") else backbone.encoder
+
+
+def _listed(backbone: Any) -> list[nn.Module]:  # noqa: ANN401
+    return list(_stack(backbone).layer)
+
+
+def _cut(backbone: Any, count: int) -> None:  # noqa: ANN401
+    stack = _stack(backbone)
+    stack.layer = stack.layer[:count]
+
+
+def _albert_layers(backbone: Any) -> list[nn.Module]:  # noqa: ANN401
+    config, groups = backbone.config, backbone.encoder.albert_layer_groups
+    per_group = config.num_hidden_layers / config.num_hidden_groups
+    return [groups[int(layer / per_group)] for layer in range(config.num_hidden_layers)]
+
+
+_BERT = Family(_listed, _cut, pooler="pooler.dense", arguments={"add_pooling_layer": False})
+FAMILIES: Mapping[str, Family] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "albert": Family(
+        _albert_layers,
+        lambda backbone, count: None,  # its layers are one, run again and again
+        project=lambda backbone: backbone.encoder.embedding_hidden_mapping_in,
+        pooler="pooler",
+        arguments={"add_pooling_layer": False},
+    ),
+    "distilbert": Family(_listed, _cut, takes_types=False),
+    "electra": Family(_listed, _cut, project=lambda backbone: getattr(backbone, "embeddings_project", None)),
+}
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """Return the family of an encoder's configuration, or raise ValueError where it is not known."""
+    if config.model_type not in FAMILIES:
+        raise unknown_name("model_type", config.model_type, FAMILIES)
+    return FAMILIES[config.model_type]
+
+
+def make(config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
+    """Return a new encoder without pooler."""
+    if attention is not None and attention not in ATTENTIONS:
+        raise ValueError(
+            f"`attn_implementation` must be {' or '.join(map(repr, ATTENTIONS))}, got {attention!r}; leave it out for"
+            " the fastest of them."
+        )
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    backbone: PreTrainedModel = AutoModel.from_config(config, **family_of(config).arguments, **chosen)
+    return backbone
+
+
+def embed(backbone: Any, inputs: Mapping[str, Tensor | None]) -> Tensor:  # noqa: ANN401 (a model of transformers)
+    """Return the state before the first layer, (n, L, H)."""
+    family = family_of(backbone.config)
+    known = {name: value for name, value in inputs.items() if value is not None}
+    if not family.takes_types:
+        known.pop("token_type_ids", None)
+    hidden: Tensor = backbone.embeddings(**known)
+    project = family.project(backbone)
+    return hidden if project is None else project(hidden)
+
+
+def run(layer: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return the state after a layer, (n, L, H).
+
+    Args:
+        layer: Of the backbone.
+        hidden: (n, L, H).
+        mask: (n, L), bool, True for tokens.
+    """
+    # Added to the scores, before the softmax; (n, 1, 1, L) stands for all heads and all queries.
+    refused = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device)
+    refused = refused.masked_fill(~mask, torch.finfo(hidden.dtype).min)[:, None, None, :]
+    after = layer(hidden, refused)
+    state: Tensor = after[0] if isinstance(after, tuple) else after  # before transformers 5 a tuple
+    return state
