@@ -128,7 +128,7 @@ def add_settings(parser: argparse.ArgumentParser, *, task: bool = True) -> None:
             )
         for name, (where, text, value) in _FLAGS.items():
             if where == title:
-                option = _option(name) if value else f"--no-{name}"
+                option = _option(name if value else f"no_{name}")
                 section.add_argument(option, dest=name, action="store_const", const=value, default=None, help=text)
     add_device(parser)
 
