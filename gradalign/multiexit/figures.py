@@ -54,16 +54,16 @@ def plot_runs(runs: Runs, folder: Path) -> list[Path]:
     return drawn
 
 
+def _alone(runs: Runs) -> list[Runs]:
+    """Return each method's runs by themselves, for a panel each."""
+    return [{method: of_method} for method, of_method in runs.items()]
+
+
 def canvas(panels: int, height: float = 3.8) -> tuple[Figure, Sequence[Axes]]:
     """Return a figure with so many panels side by side; height in inches."""
     figure = Figure(figsize=(1.2 + 4.2 * max(panels, 1.4), height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
-
-
-def _alone(runs: Runs) -> list[Runs]:
-    """Return each method's runs by themselves, for a panel each."""
-    return [{method: of_method} for method, of_method in runs.items()]
 
 
 def _draw(path: Path, panels: Sequence[Runs], draw: Callable[[Axes, Runs], None]) -> Path:
