@@ -102,6 +102,7 @@ class MultiExitEncoder(PreTrainedModel):
         Raises:
             ValueError: An architecture, kind or layer that there is not.
         """
+        backbones.check_attention(kwargs.get("attn_implementation"))
         if not isinstance(config, MultiExitConfig):
             config = _around(config, num_labels, exit, exits, num_layers, kwargs)
         made: MultiExitEncoder = cls._from_config(config, **kwargs)
@@ -135,6 +136,7 @@ class MultiExitEncoder(PreTrainedModel):
             ValueError: An architecture, kind or layer that there is not, or a setting for a saved network.
             OSError: There is no such checkpoint.
         """
+        backbones.check_attention(kwargs.get("attn_implementation"))
         name = pretrained_model_name_or_path
         model: MultiExitEncoder
         if isinstance(kwargs.get("config"), MultiExitConfig):  # transformers' own way in, by AutoModel say

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -132,9 +133,11 @@ def test_left_padding_is_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_macs_are_half_the_counted_flops(family, kind):
-    model = MultiExitEncoder.from_config(config_of(family), exit=kind, attn_implementation="eager").eval()
+    # Exits from layer 2 on: torch multiplies a mixture of one layer without a matrix product, which is not counted.
+    model = MultiExitEncoder.from_config(config_of(family), exit=kind, exits=[2], attn_implementation="eager").eval()
     ids = torch.arange(5, 12)[None]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Attention by plain matrix products: the counter does not know the CPU's fused kernel.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids)
     assert 2 * model.exit_macs(7)[-1] == counter.get_total_flops()
 
@@ -159,6 +162,65 @@ def test_parameters_of_the_papers_base_models():
 
 
 def test_torch_alone_imports_the_package():
-    code = "import sys, gradalign.multiexit as m; assert 'transformers' not in sys.modules; assert 'MultiExitEncoder' in dir(m)"
+    code = (
+        "import sys, gradalign.multiexit as m; assert 'transformers' not in sys.modules;"
+        "assert 'MultiExitEncoder' in dir(m)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert MultiExitConfig is MultiExitEncoder.config_class
+
+
+def tokenizer_of_words():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: k for k, word in enumerate(["[UNK]", "[PAD]", "[CLS]", *"abcdefgh"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]")
+
+
+def test_predictions_in_the_texts_order_by_the_saved_policy(tmp_path):
+    model, texts = model_of(id2label={0: "bad", 1: "good"}), ["a b c d e", "f", "g h a", "b b"]
+    model.config.policy = {"name": "Budget", "exit": 2}
+    model.save_pretrained(tmp_path)
+    tokenizer_of_words().save_pretrained(tmp_path)
+    loaded = MultiExitEncoder.from_pretrained(tmp_path)
+    found = loaded.predict(texts, batch_size=2)
+    for text, answer in zip(texts, found, strict=True):
+        with torch.no_grad():
+            logits = loaded(**loaded.tokenizer([text], return_tensors="pt"))[1, 0]
+        assert answer.exit == 2
+        assert answer.label == ("bad", "good")[int(logits.argmax())]
+        assert_close(answer.probabilities, logits.float().softmax(-1))
+    assert [answer.exit for answer in loaded.predict(texts, policy=Budget(3))] == [3] * 4
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.predict(texts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_are_resized(family):
+    model = model_of(family)
+    with torch.no_grad():
+        before = model(**batch_of())
+        model.resize_token_embeddings(60, mean_resizing=False)
+        assert model.get_input_embeddings().weight.shape[0] == 60
+        assert torch.equal(model(**batch_of()), before)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_checkpointed_layers_run_again_and_give_the_same_gradients():
+    grads, runs = [], []
+    for checkpointed in (False, True):
+        model = model_of()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        calls = []
+        model.backbone.encoder.layer[1].attention.register_forward_pre_hook(lambda *_, seen=calls: seen.append(1))
+        model.train()
+        model(**batch_of(), labels=torch.tensor([1, 0, 1])).loss.backward()
+        runs.append(len(calls))
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert runs == [1, 2]
+    assert_close(grads[1], grads[0])
