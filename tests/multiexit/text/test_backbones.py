@@ -18,7 +18,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("attention", ("eager", "sdpa"))
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_states_are_those_of_transformers(family, attention, tmp_path):
     torch.manual_seed(0)

@@ -85,7 +85,7 @@ def test_saved_and_loaded_to_the_bit(family, kind, tmp_path):
             assert torch.equal(loaded(**batch_of()), model(**batch_of()))
 
 
-@pytest.mark.parametrize("family", ("bert", "albert", "roberta"))
+@pytest.mark.parametrize("family", ["bert", "albert", "roberta"])
 def test_pooler_is_the_checkpoints(family, tmp_path):
     source = transformers.AutoModel.from_config(config_of(family)).eval()
     source.save_pretrained(tmp_path)
