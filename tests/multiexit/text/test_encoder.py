@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AlbertConfig, AutoConfig, AutoModel, BertConfig, BertModel, GPT2Config
+from transformers import AlbertConfig, AutoConfig, AutoModel, BertConfig, BertModel
 
 from gradalign.multiexit import MultiExitEncoder, early_exit, objectives, policies
 from gradalign.multiexit.text.backbones import FAMILIES
@@ -14,21 +14,6 @@ from tests.multiexit.text.tiny import CONFIGS, KINDS, batch, network
 
 def test_every_family_is_tested():
     assert set(CONFIGS) == set(FAMILIES)
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_states_are_those_of_the_encoder_itself(family, attention):
-    model = network(family, exit="linear", attn_implementation=attention).double()
-    rows = batch(family)
-    with torch.no_grad():
-        expected = model.backbone(**rows, output_hidden_states=True).hidden_states
-        state = model.start(rows)
-        tokens = rows["attention_mask"].bool()
-        for exit in range(1, model.num_exits + 1):
-            state = model.layers(state, exit)
-            assert_close(state["hidden"][tokens], expected[exit][tokens], rtol=0, atol=1e-12)
-    assert model.backbone.config._attn_implementation == attention
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,17 +166,21 @@ def test_the_loss_is_eq_1_and_regression_has_its_own():
     assert_close(output.loss, (errors * torch.tensor([1.0, 2.0, 3.0])).sum() / 6)
 
 
-def test_gradient_checkpointing_changes_nothing():
-    plain, recomputed = network().train(), network().train()
-    # transformers 5 renames it, and warns at the old name.
-    name = "activation" if hasattr(recomputed, "activation_checkpointing_enable") else "gradient"
-    enable = getattr(recomputed, f"{name}_checkpointing_enable")
-    enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
-    for model in (plain, recomputed):
-        torch.manual_seed(0)
+def test_checkpointed_layers_run_again_and_give_the_same_gradients():
+    gradients, runs = [], []
+    for checkpointed in (False, True):
+        model, calls = network().train(), []
+        if checkpointed:  # transformers 5 renames it, and warns at the old name
+            name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+            getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+        model.backbone.encoder.layer[1].attention.register_forward_pre_hook(lambda *_, seen=calls: seen.append(1))
+        torch.manual_seed(0)  # the same dropout
         model(**batch()).square().sum().backward()
-    for one, two in zip(plain.parameters(), recomputed.parameters(), strict=True):
-        assert_close(one.grad, two.grad)
+        gradients.append([p.grad for p in model.parameters()])
+        runs.append(len(calls))
+    assert runs == [1, 2]
+    for one, two in zip(*gradients, strict=True):
+        assert_close(one, two)
 
 
 def test_more_words():
@@ -201,10 +190,6 @@ def test_more_words():
 
 
 class TestRefusals:
-    def test_another_architecture(self):
-        with pytest.raises(ValueError, match=r"`model_type` must be one of 'bert', 'roberta', .*, got 'gpt2'"):
-            MultiExitEncoder.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=1))
-
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -212,7 +197,7 @@ class TestRefusals:
             ({"exits": [4]}, r"`exits` must be different layers in 1\.\.3, those of the backbone, got \[4\]"),
             ({"exits": [1, 1]}, r"`exits` must be different layers in 1\.\.3"),
             ({"num_layers": 4}, r"`num_layers` must be in 1\.\.3, the layers of the backbone, got 4"),
-            ({"attn_implementation": "flash_attention_2"}, r"does not support Flash Attention 2"),
+            ({"num_labels": 0}, r"`num_labels` must be at least 1, got 0"),
         ],
     )
     def test_settings(self, options, message):
