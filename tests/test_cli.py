@@ -11,6 +11,7 @@ import pytest
 
 import gradalign
 from gradalign import cli
+from gradalign.multiexit.runs import Run
 
 SMALL = ["--depth", "8", "--exits", "1,2", "--epochs", "1", "--batch-size", "64", "--learning-rate", "0.05"]
 
@@ -133,3 +134,23 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert "a checkpoint is written, gradalign train --resume run continues from it" in error
     assert "Traceback" not in error
+
+
+def test_tensorboard_has_losses_scores_and_angles(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tmp_path / "run"
+    assert cli.main(["train", "--method", "ml", "--tensorboard", "--out", str(folder), *SMALL]) == 0
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    steps = list(Run.open(folder).metrics("step"))
+    for tag, of_line in (
+        ("loss/kd", lambda line: line["losses"]["kd"]),
+        ("learning_rate", lambda line: line["learning_rate"]),
+        ("align/cosine/ce/kd", lambda line: line["cosines"][0][1]),
+    ):
+        written = events.Scalars(tag)
+        assert [event.step for event in written] == list(range(1, 21))
+        assert [event.value for event in written] == pytest.approx([of_line(line) for line in steps], rel=1e-6)
+    (epoch,) = Run.open(folder).metrics("epoch")
+    assert events.Scalars("held_out_accuracy/last")[0].value == pytest.approx(epoch["held_out_accuracy"][-1])
+    assert events.Tags()["histograms"] == ["align/angles"]

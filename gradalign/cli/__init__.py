@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from gradalign import __version__
-from gradalign.cli import reproduce, runs, search
+from gradalign.cli import export, reproduce, runs, search
 from gradalign.cli.options import Parser
 from gradalign.errors import GradAlignError, MissingExtraError
 
@@ -29,6 +29,7 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"gradalign {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     runs.add_commands(commands)
+    export.add_commands(commands)
     search.add_commands(commands)
     reproduce.add_commands(commands)
     return parser

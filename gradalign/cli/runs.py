@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradalign.cli import options as settings
+from gradalign.cli.watching import tensorboard
 
 if TYPE_CHECKING:
     from gradalign.multiexit.runs import Run
@@ -27,6 +29,7 @@ def add_commands(commands: settings.Commands) -> None:
     )
     one.add_argument("--out", type=Path, help="folder of the run; runs/METHOD-seedN if left out")
     one.add_argument("--resume", type=Path, metavar="RUN", help="continue a run that was stopped, as it was configured")
+    one.add_argument("--tensorboard", action="store_true", help="write curves into the run's folder tensorboard")
     settings.add_settings(one)
     one.set_defaults(command=_train)
 
@@ -75,8 +78,10 @@ def _train(options: argparse.Namespace) -> int:
                 Run.create(folder, config)
             processes.wait()
             run = Run(folder)
+        watching = tensorboard(run.folder / "tensorboard") if options.tensorboard else nullcontext()
         try:
-            train(run, workload)
+            with watching as watch:
+                train(run, workload, watch)
         except Interrupted as stop:
             return say_interrupted(stop.step, f"gradalign train --resume {run.folder}")
         if processes.rank() == 0:

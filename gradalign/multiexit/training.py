@@ -9,13 +9,14 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-from gradalign import GradientAligner, NonFiniteError
+from gradalign import AlignmentReport, GradientAligner, NonFiniteError
 from gradalign.errors import missing_extra
 from gradalign.multiexit import methods, processes
 from gradalign.multiexit.files import plain
@@ -37,7 +38,11 @@ __all__ = ["Interrupted", "train"]
 _SPLITS: tuple[SplitName, ...] = ("held_out", "test")
 
 
-def train(run: Run, workload: Workload) -> None:
+Watch = Callable[[dict[str, Any], AlignmentReport | None], None]
+"""Sees each line that goes into metrics.jsonl, and with a step's line the report of its alignment."""
+
+
+def train(run: Run, workload: Workload, watch: Watch | None = None) -> None:
     """Train a run to its end, from its checkpoint where it has one.
 
     A step depends on the configuration, the weights, the optimizer and the step's number, and on no generator that
@@ -46,6 +51,7 @@ def train(run: Run, workload: Workload) -> None:
     Args:
         run: A new run, or one that was stopped.
         workload: What it trains.
+        watch: Is shown what is written, as it is written.
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint has been written.
@@ -54,7 +60,7 @@ def train(run: Run, workload: Workload) -> None:
     if run.finished:
         tqdm.write(f"{run.folder}: trained already; delete the folder to train again", file=sys.stderr)
         return
-    with _Training(run, workload) as training, catch_interrupt() as interrupted:
+    with _Training(run, workload, watch) as training, catch_interrupt() as interrupted:
         training.go(interrupted)
 
 
@@ -65,7 +71,8 @@ class _Training:
     teacher: nn.Module | None
     optimizer: GradientAligner
 
-    def __init__(self, run: Run, workload: Workload) -> None:
+    def __init__(self, run: Run, workload: Workload, watch: Watch | None = None) -> None:
+        self.watch = watch
         self.run, self.work, self.config = run, workload, workload.config
         self.method = methods.get(self.config.method)
         self.title = f"{self.config.method} seed {self.config.seed}"
@@ -272,6 +279,8 @@ class _Training:
 
     def _write(self, record: dict[str, Any]) -> None:
         self.metrics.write((json.dumps(plain(record)) + "\n").encode())
+        if self.watch is not None and self.writes:
+            self.watch(record, self.optimizer.report if record["kind"] == "step" else None)
 
     def _checkpoint(self) -> None:
         if not self.writes:

@@ -28,7 +28,8 @@ except ImportError as error:
     raise missing_extra("transformers", "text") from error
 
 _EVALUATED = 64  # rows of a batch that is only judged
-_FOLDER = "model"
+MODEL = "model"
+"""The folder of the trained network and its tokenizer, in a run's."""
 
 
 class TextWorkload(Workload):
@@ -153,15 +154,15 @@ class TextWorkload(Workload):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the network and its tokenizer to a folder model."""
-        new = folder / (_FOLDER + ".new")
+        new = folder / (MODEL + ".new")
         cast(MultiExitEncoder, model).save_pretrained(new)
         self.tokenizer.save_pretrained(new)
-        shutil.rmtree(folder / _FOLDER, ignore_errors=True)
-        new.rename(folder / _FOLDER)
+        shutil.rmtree(folder / MODEL, ignore_errors=True)
+        new.rename(folder / MODEL)
 
     def load(self, folder: Path) -> MultiExitEncoder:
         """Return the trained network, on the device, in evaluation mode."""
-        return self._placed(MultiExitEncoder.from_pretrained(folder / _FOLDER))
+        return self._placed(MultiExitEncoder.from_pretrained(folder / MODEL))
 
     def _placed(self, model: MultiExitEncoder) -> MultiExitEncoder:
         nn.Module.to(model, self.device)

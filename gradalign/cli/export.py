@@ -1,0 +1,52 @@
+"""export: a trained network on text with the policy that serves it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from gradalign.cli import options as settings
+
+_POLICIES = ("patience", "entropy", "max-probability")
+
+
+def add_commands(commands: settings.Commands) -> None:
+    """Add the command."""
+    out = commands.add_parser("export", help="write a network on text with its exit policy, as model.predict serves it")
+    out.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run on text")
+    out.add_argument("--out", type=Path, required=True, help="folder for the network; must not exist")
+    out.add_argument("--policy", choices=_POLICIES, default="entropy", help="who leaves where (default: entropy)")
+    out.add_argument(
+        "--speed-up", type=float, default=2.0, metavar="X", help="in layers, on held-out rows (default: 2.0)"
+    )
+    out.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from gradalign.multiexit import policies
+    from gradalign.multiexit.configs import TextConfig
+    from gradalign.multiexit.evaluation import outcome_of
+    from gradalign.multiexit.reproduce.judged import POLICIES
+    from gradalign.multiexit.runs import Run
+    from gradalign.multiexit.text.encoder import MultiExitEncoder
+    from gradalign.multiexit.text.workload import MODEL
+    from gradalign.multiexit.workloads import judge_of
+
+    run = Run.open(options.run)
+    if not isinstance(run.config, TextConfig):
+        raise ValueError(f"`run` must be one on text, got {str(options.run)!r}, which is on {run.config.kind}.")
+    run.check_finished()
+    if options.out.exists():
+        raise FileExistsError(f"`--out` must be a folder that is not there yet, got {str(options.out)!r}.")
+    policy = policies.calibrate(POLICIES[options.policy], run.logits("held_out")[0], options.speed_up)
+    model = MultiExitEncoder.from_pretrained(run.folder / MODEL)
+    model.config.policy = policies.to_dict(policy)
+    model.save_pretrained(options.out)
+    model.tokenizer.save_pretrained(options.out)
+    outcome = outcome_of(policy, run.logits("test"), run.result["costs"], judge_of(run.config))
+    print(f"{options.out}: {policy}")
+    print(
+        f"on development rows: {run.result['main']} {outcome.score:.3f} at {outcome.speed_up:.2f}x in layers,"
+        f" {outcome.mac_speed_up:.2f}x in MACs"
+    )
+    return 0

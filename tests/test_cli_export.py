@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from transformers import AutoModel
+
+from gradalign import cli
+from gradalign.multiexit import MultiExitEncoder, metrics, policies
+from gradalign.multiexit.configs import ImageConfig
+from gradalign.multiexit.runs import Run
+from tests.multiexit.text import tiny
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run on texts that are good or bad by one word, and the texts of the development rows."""
+    folder = tmp_path_factory.mktemp("export")
+    words, draw = ["a", "the", "film", "plot", "is", "was", "very"], random.Random(0)
+    (folder / "SST-2").mkdir()
+    texts = {}
+    for split, count in (("train", 60), ("dev", 24)):
+        labels = ("good", "bad") * (count // 2)
+        rows = [(" ".join([*draw.choices(words, k=4), label]), int(label == "good")) for label in labels]
+        texts[split] = [text for text, _ in rows]
+        (folder / "SST-2" / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in rows))
+    (folder / "backbone").mkdir()
+    AutoModel.from_config(tiny.CONFIGS["bert"]).save_pretrained(folder / "backbone")
+    tiny.tokenizer(folder / "backbone")
+    options = ["--task", "sst-2", "--data-dir", str(folder), "--backbone", str(folder / "backbone"), "--epochs", "6"]
+    options += ["--learning-rate", "0.003", "--batch-size", "8", "--method", "joint"]
+    assert cli.main(["train", *options, "--out", str(folder / "run")]) == 0
+    return folder / "run", texts["dev"]
+
+
+@pytest.mark.parametrize("name", ["patience", "entropy", "max-probability"])
+def test_a_network_is_served_with_its_policy(trained, name, tmp_path, capsys):
+    folder, texts = trained
+    out = tmp_path / "served"
+    assert cli.main(["export", str(folder), "--policy", name, "--speed-up", "1.5", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    run, model = Run.open(folder), MultiExitEncoder.from_pretrained(out)
+    policy = policies.from_dict(model.config.policy)
+    assert policy == policies.calibrate(type(policy)(1), run.logits("held_out")[0], 1.5)
+    logits, labels = run.logits("test")
+    decision = policy.decide(logits)
+    found = model.predict(texts)
+    assert [answer.exit for answer in found] == decision.exits.tolist()
+    assert [answer.label for answer in found] == [("negative", "positive")[label] for label in decision.labels.tolist()]
+    accuracy = float((decision.labels == labels).double().mean())
+    assert f"accuracy {accuracy:.3f} at {metrics.speed_up(decision.exits, 3):.2f}x in layers" in printed
+
+
+def test_what_makes_no_sense_is_named(trained, tmp_path, capsys):
+    folder, _ = trained
+    assert cli.main(["export", str(folder), "--out", str(tmp_path)]) == 1
+    assert "`--out` must be a folder that is not there yet" in capsys.readouterr().err
+    Run.create(tmp_path / "images", ImageConfig(depth=8))
+    assert cli.main(["export", str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 1
+    assert "`run` must be one on text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
