@@ -66,6 +66,7 @@ _METHOD: Mapping[str, Setting] = {
     "alpha": Setting("weight of the distillation loss; the method's own if left out", float),
     "temperature": Setting("of the distillation; the method's own if left out", float),
     "reduction": Setting("of the distillation over pairs of exits; sum is the paper's Eq. 3", choices=("sum", "mean")),
+    "pair_exit": Setting("the early exit of pml-..., which train it and the last; 1 if left out", int),
     "granularity": Setting("what shares one Gramian", choices=("global", "layer", "tensor")),
     "scope": Setting("which parameters are aligned: all, or the trunk, those of no exit", choices=("all", "trunk")),
 }
@@ -92,6 +93,7 @@ _SECTIONS = {
 }
 _FLAGS = {
     "clamp": ("method", "let GA-soft stop at weight 0 instead of reversing the step", True),
+    "full_step": ("method", "let GA-hard take 1 - alpha of the cross-entropy where it drops the distillation", False),
     "pretrained": ("text, with --task", "take the backbone's configuration alone and draw new weights", False),
     "buckets": ("text, with --task", "do not put rows of like length in a batch", False),
 }
@@ -126,7 +128,7 @@ def add_settings(parser: argparse.ArgumentParser, *, task: bool = True) -> None:
             )
         for name, (where, text, value) in _FLAGS.items():
             if where == title:
-                option = _option(name) if value else f"--no-{name}"
+                option = _option(name if value else f"no_{name}")
                 section.add_argument(option, dest=name, action="store_const", const=value, default=None, help=text)
     add_device(parser)
 
@@ -215,7 +217,10 @@ def device_of(options: argparse.Namespace) -> torch.device:
 
 def method_help() -> str:
     """Return the methods with a line each."""
-    return "; ".join(f"{name}: {methods.get(name).summary}" for name in methods.names())
+    lines = [f"{name}: {methods.get(name).summary}" for name in methods.names()]
+    return "; ".join(
+        [*lines, "kd:RULE: cross-entropy and distillation, joined by a rule; exits:RULE: one loss an exit"]
+    )
 
 
 def _option(name: str) -> str:

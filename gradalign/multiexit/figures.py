@@ -42,14 +42,21 @@ def plot_runs(runs: Runs, folder: Path) -> list[Path]:
 
     Returns:
         The files: depth against accuracy (GAML-BERT, Figure 4), the histogram of gradient angles (Figure 3) and the
-        weights over time; the last two of the methods that have two losses.
+        weights over time; the last two of the methods that have two losses, weights where the rule has any.
     """
     paired = {method: of_method for method, of_method in runs.items() if _has_pair(of_method[0])}
     drawn = [_draw(folder / "depth-accuracy.png", [runs], _depth_scores)]
     if paired:
-        alone = [{method: of_method} for method, of_method in paired.items()]
-        drawn += [_draw(folder / "angles.png", alone, _angles), _draw(folder / "weights.png", alone, _weights)]
+        drawn.append(_draw(folder / "angles.png", _alone(paired), _angles))
+    weighted = {method: of_method for method, of_method in paired.items() if _has_weights(of_method[0])}
+    if weighted:
+        drawn.append(_draw(folder / "weights.png", _alone(weighted), _weights))
     return drawn
+
+
+def _alone(runs: Runs) -> list[Runs]:
+    """Return each method's runs by themselves, for a panel each."""
+    return [{method: of_method} for method, of_method in runs.items()]
 
 
 def canvas(panels: int, height: float = 3.8) -> tuple[Figure, Sequence[Axes]]:
@@ -138,3 +145,8 @@ def _scores(run: Run) -> list[float]:
 
 def _has_pair(run: Run) -> bool:
     return len(next(run.metrics("step"))["groups"]) > 1
+
+
+def _has_weights(run: Run) -> bool:
+    """Rules that are no function of the Gramian have none."""
+    return next(run.metrics("step"))["weights"] is not None

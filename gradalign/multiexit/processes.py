@@ -29,6 +29,15 @@ def any_rank(said: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
+def mean(value: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a number over the processes; all of them must ask."""
+    if ranks() == 1:
+        return value
+    total = value.clone()
+    distributed.all_reduce(total)
+    return total / ranks()
+
+
 def wait() -> None:
     """Wait until all processes are here."""
     if ranks() > 1:

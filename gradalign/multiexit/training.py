@@ -19,6 +19,7 @@ from gradalign import GradientAligner, NonFiniteError
 from gradalign.errors import missing_extra
 from gradalign.multiexit import methods, processes
 from gradalign.multiexit.files import plain
+from gradalign.multiexit.inference import Inputs
 from gradalign.multiexit.interrupts import Interrupted, catch_interrupt
 from gradalign.multiexit.methods import Stage, Step
 from gradalign.multiexit.metrics import exit_accuracies
@@ -108,7 +109,7 @@ class _Training:
         self.model.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        self.frozen = [m for m in self.model.modules() if not any(p.requires_grad for p in m.parameters())]
+        self.frozen = _frozen(self.model)
         self.optimizer = GradientAligner(
             self.work.make_optimizer(trained, config.learning_rate * stage.learning_rate),
             stage.rule(config.settings),
@@ -152,9 +153,9 @@ class _Training:
         self._finish()
 
     def _train_stage(self, interrupted: threading.Event) -> None:
-        started = time.monotonic() - self.seconds
         with tqdm(total=self.steps, initial=self.step, desc=self._name(), unit="step", disable=None) as bar:
             while self.step < self.steps and not self._has_stopped():
+                started = time.monotonic()
                 try:
                     losses = self._step()
                 except NonFiniteError as error:
@@ -165,7 +166,7 @@ class _Training:
                         error.groups,
                     ) from error
                 self.step += 1
-                self.seconds = time.monotonic() - started
+                self.seconds += time.monotonic() - started
                 bar.update()
                 bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
                 if self.step % self.work.steps_an_epoch == 0:
@@ -198,19 +199,8 @@ class _Training:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(derived_seed(self.config.seed, f"dropout {rank}", number))
             with torch.autocast(device.type, torch.bfloat16) if self.config.precision == "bfloat16" else nullcontext():
-                logits = self.stage.forward(self.model, inputs)
-                losses = self.stage.objective(
-                    Step(
-                        logits,
-                        labels,
-                        self.config.settings,
-                        self.step / self.steps,
-                        self.memory,
-                        self.model,
-                        inputs,
-                        self.teacher,
-                    )
-                )
+                logits = self.stage.forward(self.model, inputs, self.config.settings)
+                losses = self.stage.objective(self._seen(logits, labels, inputs))
             self.optimizer.zero_grad()
             # Averaged over the ranks, these are the means over all rows of the batch.
             parts = {name: loss * (share * ranks) for name, loss in losses.items()} if ranks > 1 else losses
@@ -221,6 +211,23 @@ class _Training:
         values = {name: loss.item() for name, loss in losses.items()}
         self._write_step(rate, values, None if labels.is_floating_point() else exit_accuracies(logits.detach(), labels))
         return values
+
+    def _seen(self, logits: Tensor, labels: Tensor, inputs: Inputs) -> Step:
+        """Return what the objective makes its losses of."""
+        an_epoch = self.work.steps_an_epoch
+        return Step(
+            logits,
+            labels,
+            self.config.settings,
+            progress=self.step / self.steps,
+            number=self.step,
+            epoch=self.step // an_epoch + 1,
+            epochs=self.steps // an_epoch,
+            memory=self.memory,
+            model=self.model,
+            inputs=inputs,
+            teacher=self.teacher,
+        )
 
     def _write_step(self, rate: float, losses: dict[str, float], accuracy: Tensor | None) -> None:
         self._write(
@@ -241,7 +248,7 @@ class _Training:
         epoch = self.step // self.work.steps_an_epoch
         scores = self.work.scores(*self.work.logits(self.model, "held_out"))
         main = scores[self.work.main].tolist()
-        judged = main[-1] if self.stage.judged == "last" else statistics.fmean(main)
+        judged = self.stage.judge(main, self.config.settings)
         if self.config.patience is not None and judged > self.best_score:
             self.best_score, self.best_epoch = judged, epoch
             self.best = copy.deepcopy(self.model.state_dict())
@@ -315,3 +322,10 @@ class _Training:
                 **scores,
             }
         )
+
+
+def _frozen(module: nn.Module, inside: bool = False) -> list[nn.Module]:
+    """Return the modules whose parameters are all frozen, with the parameterless ones, dropout say, that they hold."""
+    parameters = list(module.parameters())
+    frozen = not any(p.requires_grad for p in parameters) if parameters else inside
+    return [*([module] if frozen else []), *(part for child in module.children() for part in _frozen(child, frozen))]

@@ -6,7 +6,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradalign.multiexit.objectives import mutual_distillation, weighted_cross_entropy
+from gradalign.multiexit.objectives import (
+    distillation,
+    exit_losses,
+    mutual_distillation,
+    weighted_cross_entropy,
+    weighted_loss,
+)
 
 LN3 = math.log(3.0)
 
@@ -99,7 +105,7 @@ class TestMutualDistillation:
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(gradient, expected_gradient)
 
-    @given(st.integers(2, 6), st.integers(1, 3), st.integers(1, 6), st.integers(0, 99), st.floats(0.01, 30))
+    @given(st.integers(2, 6), st.integers(1, 3), st.integers(2, 6), st.integers(0, 99), st.floats(0.01, 30))
     def test_is_eq3_for_any_shape_and_spread(self, num_exits, rows, classes, seed, spread):
         logits = random_logits(num_exits, rows, classes, seed, spread)
         value, gradient = value_and_gradient(mutual_distillation, logits)
@@ -169,6 +175,108 @@ class TestMutualDistillation:
     def test_half_precision_is_computed_in_float32(self):
         logits = random_logits(3).half()
         torch.testing.assert_close(mutual_distillation(logits), eq3(logits.float()))
+
+
+class TestExitLosses:
+    @pytest.mark.parametrize("num_exits", [1, 3])
+    def test_classes(self, num_exits):
+        logits, labels = random_logits(num_exits), torch.tensor([0, 1, 2, 3])
+        expected = torch.stack([F.cross_entropy(exit, labels) for exit in logits])
+        torch.testing.assert_close(exit_losses(logits, labels), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_regression(self, dtype):
+        logits, labels = random_logits(3, classes=1).to(dtype), torch.tensor([0.5, -1.0, 2.0, 0.0])
+        expected = torch.stack([F.mse_loss(exit[:, 0], labels.to(dtype)) for exit in logits])
+        torch.testing.assert_close(exit_losses(logits, labels), expected)
+
+    def test_half_precision_is_computed_in_float32(self):
+        logits, labels = random_logits(3, classes=1).bfloat16(), torch.tensor([0.5, -1.0, 2.0, 0.0])
+        assert exit_losses(logits, labels).dtype == torch.float32
+        torch.testing.assert_close(exit_losses(logits, labels), exit_losses(logits.float(), labels))
+
+    @given(num_exits=st.integers(1, 7), seed=st.integers(0, 99))
+    def test_weighted_loss_of_regression_is_eq1(self, num_exits, seed):
+        logits, labels = random_logits(num_exits, classes=1, seed=seed), random_logits(1, classes=1)[0, :, 0]
+        total = sum(m * (logits[m - 1, :, 0] - labels).square().mean() for m in range(1, num_exits + 1))
+        torch.testing.assert_close(weighted_loss(logits, labels), total / sum(range(1, num_exits + 1)))
+
+    def test_weighted_loss_of_classes_is_the_cross_entropy(self):
+        logits, labels = random_logits(3), torch.tensor([0, 1, 2, 3])
+        assert torch.equal(weighted_loss(logits, labels), weighted_cross_entropy(logits, labels))
+
+    @pytest.mark.parametrize(
+        ("logits", "labels", "message"),
+        [
+            (random_logits(2), torch.zeros(4), r"`logits` must be \(exits, rows, 1\) for floating .* \(2, 4, 5\)"),
+            (random_logits(2, classes=1), torch.zeros(3), r"`labels` must be \(4,\), one for each row, .* \(3,\)"),
+            (random_logits(2, classes=1), torch.zeros(4, 1), r"`labels` must be \(4,\), .* shape \(4, 1\)"),
+        ],
+    )
+    def test_refuses(self, logits, labels, message):
+        for loss in (exit_losses, weighted_loss):
+            with pytest.raises(ValueError, match=message):
+                loss(logits, labels)
+
+
+class TestDistillation:
+    @pytest.mark.parametrize("temperature", [0.5, 1, 3.0])
+    def test_is_the_divergence_from_a_detached_teacher(self, temperature):
+        logits, T = random_logits(4), temperature
+
+        def naive(z):
+            teacher = F.log_softmax(z[-1].detach() / T, -1)
+            students = [F.log_softmax(student / T, -1) for student in z[:-1]]
+            return torch.stack([T**2 * F.kl_div(s, teacher, log_target=True, reduction="batchmean") for s in students])
+
+        scale = torch.tensor([1.0, 2.0, 3.0])
+        value, gradient = value_and_gradient(lambda z: distillation(z[:-1], z[-1], T) @ scale.double(), logits)
+        expected, expected_gradient = value_and_gradient(lambda z: naive(z) @ scale.double(), logits)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient, expected_gradient)
+        assert not gradient[-1].any()
+
+    def test_regression_is_the_squared_difference(self):
+        logits = random_logits(3, classes=1)
+        value, gradient = value_and_gradient(lambda z: distillation(z[:-1], z[-1], 7.0).sum(), logits)
+        expected = sum((logits[m] - logits[2]).square().mean() for m in (0, 1))
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient[:2], 2 * (logits[:2] - logits[2]) / 4)
+        assert not gradient[2].any()
+
+    def test_a_class_that_the_teacher_excludes_takes_no_part(self):
+        students, (teacher,) = random_logits(2), random_logits(1, seed=1)
+        wider, excluded = F.pad(students, (0, 1), value=-math.inf), F.pad(teacher, (0, 1), value=-math.inf)
+        value, gradient = value_and_gradient(lambda z: distillation(z, excluded).sum(), wider)
+        expected, expected_gradient = value_and_gradient(lambda z: distillation(z, teacher).sum(), students)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient, F.pad(expected_gradient, (0, 1)))
+
+    def test_half_precision_is_computed_in_float32(self):
+        logits = random_logits(3).half()
+        single = logits.float()
+        torch.testing.assert_close(distillation(logits[:2], logits[2]), distillation(single[:2], single[2]))
+
+    def test_refuses(self):
+        with pytest.raises(ValueError, match=r"`teacher` must be \(4, 5\), as one student, got shape \(3, 5\)"):
+            distillation(random_logits(2), random_logits(1)[0, :3])
+        with pytest.raises(ValueError, match="`temperature` must be positive, got 0"):
+            distillation(random_logits(2), random_logits(1)[0], 0)
+
+
+@pytest.mark.parametrize("num_exits", [2, 3, 7])
+def test_mutual_distillation_of_regression_is_the_squared_difference_of_each_pair(num_exits):
+    def naive(z):
+        pairs = [(i, j) for i in range(num_exits) for j in range(num_exits) if i != j]
+        return sum((z[j].detach() - z[i]).square().mean() for i, j in pairs)
+
+    logits = random_logits(num_exits, classes=1)
+    value, gradient = value_and_gradient(lambda z: mutual_distillation(z, 3.0), logits)
+    expected, expected_gradient = value_and_gradient(naive, logits)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+    pairs = num_exits * (num_exits - 1)
+    torch.testing.assert_close(mutual_distillation(logits, reduction="mean"), expected / pairs)
 
 
 @settings(max_examples=20)

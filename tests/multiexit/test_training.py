@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gradalign import NonFiniteError
-from gradalign.multiexit import data, methods, training
+from gradalign.multiexit import data, training
 from gradalign.multiexit.configs import ImageConfig
 from gradalign.multiexit.images import ImageWorkload, learning_rate
 from gradalign.multiexit.runs import Run
@@ -46,8 +46,8 @@ def same_files(one, two):
     )
 
 
-@pytest.mark.parametrize("method", methods.names())
-def test_every_method_learns(method, digits, tmp_path):
+@pytest.mark.parametrize("method", ["joint", "ml", "gaml-soft", "gaml-hard"])
+def test_methods_learn(method, digits, tmp_path):
     run = trained(tmp_path / method, digits, method=method, epochs=3)
     assert max(run.result["test_accuracy"]) > 0.8
     steps = list(run.metrics("step"))

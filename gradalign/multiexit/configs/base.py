@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
-from gradalign.errors import check_seed, finite_number, flag, unknown_name
+from gradalign.errors import check_seed, finite_number, unknown_name
 from gradalign.multiexit import methods
 from gradalign.multiexit.methods import Settings
 from gradalign.multiexit.objectives import check_count
@@ -21,7 +21,7 @@ class Config:
     """What every run has.
 
     Attributes:
-        method: A name of ``methods.names()``.
+        method: A name of ``methods.names()`` or ``methods.rule_names()``.
         epochs: Passes over the training rows, in each stage of the method the number that the stage multiplies.
         batch_size: Rows a step.
         learning_rate: The largest of the schedule.
@@ -34,6 +34,8 @@ class Config:
         temperature: Of the distillation.
         reduction: "sum" or "mean" over pairs of exits.
         clamp: Whether GA-soft stops at weight 0.
+        full_step: Whether GA-hard takes the whole gradient of the anchor where it drops the distillation.
+        pair_exit: The early exit of the methods that train a pair of exits, counted from 1.
         granularity: What shares a Gramian: "global", "layer" or "tensor".
         scope: Which parameters are aligned: "all", or the "trunk", those of no exit.
         precision: Of the network's arithmetic: "float32", or "bfloat16" by autocast.
@@ -54,6 +56,8 @@ class Config:
     temperature: float | None = None
     reduction: Literal["sum", "mean"] | None = None
     clamp: bool | None = None
+    full_step: bool | None = None
+    pair_exit: int | None = None
     granularity: Literal["global", "layer", "tensor"] = "global"
     scope: Literal["all", "trunk"] = "all"
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -81,7 +85,6 @@ class Config:
             raise ValueError(f"`clip` must be positive, got {self.clip!r}; leave it out to clip nothing.")
         if self.patience is not None:
             check_count("patience", self.patience)
-        flag("clamp", self.clamp)
         check_seed(self.seed)
         for name, known in (("granularity", GRANULARITIES), ("scope", SCOPES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:

@@ -5,13 +5,14 @@ Shapes: M exits, B rows, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Literal
 
 from torch import Tensor, nn
 
-from gradalign.errors import finite_number, unknown_name
+from gradalign.errors import finite_number, flag, positive_integer, unknown_name
 from gradalign.multiexit.inference import Inputs
 from gradalign.rules import RowRule, Rule
 
@@ -27,9 +28,12 @@ class Settings:
         temperature: Of the distillation, dimensionless, > 0.
         reduction: "sum" over the M (M - 1) ordered pairs of exits, as Eq. 3 is printed, or their "mean".
         clamp: Let GA-soft stop at weight 0 where Eq. 6 would reverse the step.
+        full_step: Let GA-hard take the whole gradient of the anchor where it drops the distillation, as Eq. 7 is
+            printed; False takes 1 - alpha of it.
+        pair_exit: The early exit of a pair, counted from 1; the other is the last.
 
     Raises:
-        TypeError: A number is none, or ``clamp`` is not True or False.
+        TypeError: A number is none, or a flag is not True or False.
         ValueError: A number is out of its range, or ``reduction`` is unknown.
     """
 
@@ -37,6 +41,8 @@ class Settings:
     temperature: float = 1.0
     reduction: Literal["sum", "mean"] = "mean"
     clamp: bool = False
+    full_step: bool = True
+    pair_exit: int = 1
 
     def __post_init__(self) -> None:
         finite_number("alpha", self.alpha, 0.0, 1.0)
@@ -44,6 +50,9 @@ class Settings:
             raise ValueError(f"`temperature` must be positive, got {self.temperature!r}.")
         if self.reduction not in REDUCTIONS:
             raise unknown_name("reduction", self.reduction, REDUCTIONS)
+        flag("clamp", self.clamp)
+        flag("full_step", self.full_step)
+        positive_integer("pair_exit", self.pair_exit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +60,13 @@ class Step:
     """What an objective makes its losses of, at one training step.
 
     Attributes:
-        logits: (M, B, C), floating: what the stage's ``forward`` gave.
+        logits: What the stage's ``forward`` gave: (M, B, C), floating, or fewer exits where it runs fewer.
         labels: (B,), integer; floating for regression.
         settings: What the method leaves open.
         progress: Share of the stage's steps that are done, in [0, 1).
+        number: How many steps of the stage are done.
+        epoch: Of the stage, counted from 1.
+        epochs: How many the stage has.
         memory: Tensors by name that the objective keeps from step to step; it may write into the mapping, which goes
             into checkpoints.
         model: The network in training.
@@ -66,6 +78,9 @@ class Step:
     labels: Tensor
     settings: Settings = Settings()
     progress: float = 0.0
+    number: int = 0
+    epoch: int = 1
+    epochs: int = 1
     memory: dict[str, Tensor] = field(default_factory=dict)
     model: nn.Module | None = None
     inputs: Inputs | None = None
@@ -76,7 +91,7 @@ Objective = Callable[[Step], dict[str, Tensor]]
 """Makes the named losses of a step."""
 
 
-def run(model: nn.Module, inputs: Inputs) -> Tensor:
+def run(model: nn.Module, inputs: Inputs, settings: Settings) -> Tensor:
     """Return the logits of all exits, (M, B, C)."""
     logits: Tensor = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     return logits
@@ -101,21 +116,28 @@ class Stage:
         rule: Makes the rule that joins their gradients.
         trains: Names the parameters that train. The others are frozen, and modules that hold none of those that train
             are in evaluation mode: without dropout, their normalisation's statistics as they were.
-        forward: Runs the network and returns logits (M, B, C).
+        forward: Runs the network and returns logits: (M, B, C), or those of the exits that the losses need.
         prepare: Makes the network of this stage of that of the stage before; for a first stage, of a new one.
         epochs: Of the stage, in units of the run's.
         learning_rate: Of the stage, in units of the run's.
-        judged: Which exits' score on held-out rows says when training stops early: the "mean" of all, or the "last".
+        judged: Which exits' score on held-out rows says when training stops early: the "mean" of all, the "last", the
+            "early" one of the settings' pair, or the mean of the "pair".
     """
 
     objective: Objective
     rule: Callable[[Settings], Rule | RowRule]
     trains: Callable[[nn.Module], Iterable[nn.Parameter]] = everything
-    forward: Callable[[nn.Module, Inputs], Tensor] = run
+    forward: Callable[[nn.Module, Inputs, Settings], Tensor] = run
     prepare: Callable[[nn.Module, Settings], nn.Module] = unchanged
     epochs: float = 1.0
     learning_rate: float = 1.0
-    judged: Literal["mean", "last"] = "mean"
+    judged: Literal["mean", "last", "early", "pair"] = "mean"
+
+    def judge(self, scores: Sequence[float], settings: Settings) -> float:
+        """Return the number that says when training stops early, of every exit's score."""
+        early = settings.pair_exit - 1
+        exits = {"mean": range(len(scores)), "last": (-1,), "early": (early,), "pair": (early, -1)}[self.judged]
+        return fmean(scores[exit] for exit in exits)
 
 
 def untouched(model: nn.Module) -> nn.Module:

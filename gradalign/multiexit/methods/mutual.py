@@ -5,20 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from gradalign.multiexit.methods.base import Method, Stage, Step
-from gradalign.multiexit.objectives import mutual_distillation, weighted_cross_entropy
+from gradalign.multiexit.objectives import mutual_distillation, weighted_loss
 from gradalign.rules import Constant, GAHard, GASoft, Sum
 
 
 def cross_entropy(step: Step) -> dict[str, Tensor]:
-    """Return the weighted cross-entropy of all exits alone: GAML-BERT, Eq. 1."""
-    return {"ce": weighted_cross_entropy(step.logits, step.labels)}
+    """Return the weighted loss of all exits alone: GAML-BERT, Eq. 1, with squared errors for regression."""
+    return {"ce": weighted_loss(step.logits, step.labels)}
 
 
 def mutual_learning(step: Step) -> dict[str, Tensor]:
-    """Return the weighted cross-entropy and the distillation among all exits: GAML-BERT, Eq. 1 and 3."""
+    """Return the weighted loss of all exits and the distillation among them: GAML-BERT, Eq. 1 and 3."""
     settings = step.settings
     return {
-        "ce": weighted_cross_entropy(step.logits, step.labels),
+        "ce": weighted_loss(step.logits, step.labels),
         "kd": mutual_distillation(step.logits, settings.temperature, settings.reduction),
     }
 
@@ -38,6 +38,6 @@ METHODS = (
     Method(
         "gaml-hard",
         "mutual learning, distillation aligned by GA-hard (Eq. 7)",
-        (Stage(mutual_learning, lambda settings: GAHard(settings.alpha, anchor="ce")),),
+        (Stage(mutual_learning, lambda settings: GAHard(settings.alpha, settings.full_step, anchor="ce")),),
     ),
 )
