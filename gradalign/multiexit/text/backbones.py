@@ -28,7 +28,6 @@ class Family:
 
     Attributes:
         layers: Names the module that is run as each layer, in order; ALBERT runs one several times.
-        keeps: Cuts the stack down to its first layers.
         project: Maps embeddings to the hidden width, None where they have it.
         pooler: Names the linear layer of the pretrained pooler in the checkpoints, None where there is none.
         arguments: Of the model's class, beside its configuration.
@@ -36,7 +35,6 @@ class Family:
     """
 
     layers: Callable[[Any], list[nn.Module]]
-    keeps: Callable[[Any, int], None]
     project: Callable[[Any], nn.Module | None] = lambda backbone: None
     pooler: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -51,30 +49,24 @@ def _listed(backbone: Any) -> list[nn.Module]:  # noqa: ANN401
     return list(_stack(backbone).layer)
 
 
-def _cut(backbone: Any, count: int) -> None:  # noqa: ANN401
-    stack = _stack(backbone)
-    stack.layer = stack.layer[:count]
-
-
 def _albert_layers(backbone: Any) -> list[nn.Module]:  # noqa: ANN401
     config, groups = backbone.config, backbone.encoder.albert_layer_groups
     per_group = config.num_hidden_layers / config.num_hidden_groups
     return [groups[int(layer / per_group)] for layer in range(config.num_hidden_layers)]
 
 
-_BERT = Family(_listed, _cut, pooler="pooler.dense", arguments={"add_pooling_layer": False})
+_BERT = Family(_listed, pooler="pooler.dense", arguments={"add_pooling_layer": False})
 FAMILIES: Mapping[str, Family] = {
     "bert": _BERT,
     "roberta": _BERT,
     "albert": Family(
         _albert_layers,
-        lambda backbone, count: None,  # its layers are one, run again and again
         project=lambda backbone: backbone.encoder.embedding_hidden_mapping_in,
         pooler="pooler",
         arguments={"add_pooling_layer": False},
     ),
-    "distilbert": Family(_listed, _cut, takes_types=False),
-    "electra": Family(_listed, _cut, project=lambda backbone: getattr(backbone, "embeddings_project", None)),
+    "distilbert": Family(_listed, takes_types=False),
+    "electra": Family(_listed, project=lambda backbone: getattr(backbone, "embeddings_project", None)),
 }
 
 
@@ -87,14 +79,19 @@ def family_of(config: PretrainedConfig) -> Family:
 
 def make(config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
     """Return a new encoder without pooler."""
+    check_attention(attention)
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    backbone: PreTrainedModel = AutoModel.from_config(config, **family_of(config).arguments, **chosen)
+    return backbone
+
+
+def check_attention(attention: str | None) -> None:
+    """Raise ValueError where the layers could not be run with this attention and a mask of floats."""
     if attention is not None and attention not in ATTENTIONS:
         raise ValueError(
             f"`attn_implementation` must be {' or '.join(map(repr, ATTENTIONS))}, got {attention!r}; leave it out for"
             " the fastest of them."
         )
-    chosen = {} if attention is None else {"attn_implementation": attention}
-    backbone: PreTrainedModel = AutoModel.from_config(config, **family_of(config).arguments, **chosen)
-    return backbone
 
 
 def embed(backbone: Any, inputs: Mapping[str, Tensor | None]) -> Tensor:  # noqa: ANN401 (a model of transformers)

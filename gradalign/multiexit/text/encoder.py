@@ -102,6 +102,7 @@ class MultiExitEncoder(PreTrainedModel):
         Raises:
             ValueError: An architecture, kind or layer that there is not.
         """
+        backbones.check_attention(kwargs.get("attn_implementation"))
         if not isinstance(config, MultiExitConfig):
             config = _around(config, num_labels, exit, exits, num_layers, kwargs)
         made: MultiExitEncoder = cls._from_config(config, **kwargs)
@@ -135,6 +136,7 @@ class MultiExitEncoder(PreTrainedModel):
             ValueError: An architecture, kind or layer that there is not, or a setting for a saved network.
             OSError: There is no such checkpoint.
         """
+        backbones.check_attention(kwargs.get("attn_implementation"))
         name = pretrained_model_name_or_path
         model: MultiExitEncoder
         if isinstance(kwargs.get("config"), MultiExitConfig):  # transformers' own way in, by AutoModel say
@@ -237,7 +239,7 @@ class MultiExitEncoder(PreTrainedModel):
         """Return the logits of every exit, (M, B, C), exit 1 first.
 
         With ``labels``, (B,), an output with ``logits`` and with ``loss``, the weighted loss of all exits (GAML-BERT,
-        Eq. 1).
+        Eq. 1): cross-entropy, or with one class, which is regression, the squared error.
         """
         batch = {
             "input_ids": input_ids,
@@ -249,7 +251,8 @@ class MultiExitEncoder(PreTrainedModel):
         logits = every_exit(self, {name: tensor for name, tensor in batch.items() if tensor is not None})
         if labels is None:
             return logits
-        return SequenceClassifierOutput(loss=weighted_cross_entropy(logits, labels), logits=logits)
+        loss = _weighted_squared_error if logits.shape[2] == 1 else weighted_cross_entropy
+        return SequenceClassifierOutput(loss=loss(logits, labels), logits=logits)
 
     def predict(
         self,
@@ -297,6 +300,17 @@ class MultiExitEncoder(PreTrainedModel):
 
     def _modules_run(self) -> list[nn.Module]:
         return backbones.family_of(self.backbone.config).layers(self.backbone)
+
+
+def _weighted_squared_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return sum_m m MSE_m / sum_m m of numbers (M, B, 1) and labels (B,)."""
+    if labels.shape != logits.shape[1:2]:
+        raise ValueError(
+            f"`labels` must be ({logits.shape[1]},), a number for each row, got shape {tuple(labels.shape)}."
+        )
+    errors = (logits.squeeze(-1) - labels.to(logits.dtype)).square().mean(1)
+    weights = torch.arange(1, len(errors) + 1, device=errors.device, dtype=errors.dtype)
+    return (weights * errors).sum() / weights.sum()
 
 
 def _ids(modules: Sequence[nn.Module]) -> set[int]:
