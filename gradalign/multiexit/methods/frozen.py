@@ -1,4 +1,4 @@
-"""Two stages: the network first, by its last exit, then the other exits alone on the frozen network.
+"""The network by its last exit alone, and methods that then train the other exits on the frozen network.
 
 What all exits share, an encoder's shared pooler say, belongs to the network: it is trained first and frozen then.
 
@@ -34,6 +34,7 @@ def self_distillation(step: Step) -> dict[str, Tensor]:
 BACKBONE = Stage(last_loss, lambda settings: Sum(), all_but_internal_heads, last_exit, judged="last")
 
 METHODS = (
+    Method("single", "the last exit alone, as a network without exits is trained", (BACKBONE,)),
     Method(
         "fastbert",
         "the last exit first, then the others distil it on the frozen network, at ten times the learning rate",

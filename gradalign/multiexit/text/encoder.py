@@ -5,7 +5,6 @@ Shapes: B rows of a batch, L tokens, H hidden width, M exits, C classes; layers 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,16 @@ from torch import Tensor, nn
 
 from gradalign.errors import missing_extra
 from gradalign.multiexit.inference import every_exit
-from gradalign.multiexit.objectives import weighted_cross_entropy
+from gradalign.multiexit.objectives import weighted_loss
 from gradalign.multiexit.policies import Policy
 from gradalign.multiexit.text import backbones, heads
 from gradalign.multiexit.text.config import MultiExitConfig
 from gradalign.multiexit.text.costs import encoder_macs
+from gradalign.multiexit.text.loading import around, of_hub, take_weights, tokenizer_of
 from gradalign.multiexit.text.serving import Prediction, predict
 
 try:
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+    from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import SequenceClassifierOutput
 except ImportError as error:
     raise missing_extra("transformers", "text") from error
@@ -104,7 +104,7 @@ class MultiExitEncoder(PreTrainedModel):
         """
         backbones.check_attention(kwargs.get("attn_implementation"))
         if not isinstance(config, MultiExitConfig):
-            config = _around(config, num_labels, exit, exits, num_layers, kwargs)
+            config = around(config, num_labels, exit, exits, num_layers, kwargs)
         made: MultiExitEncoder = cls._from_config(config, **kwargs)
         return made
 
@@ -142,7 +142,7 @@ class MultiExitEncoder(PreTrainedModel):
         if isinstance(kwargs.get("config"), MultiExitConfig):  # transformers' own way in, by AutoModel say
             model = super().from_pretrained(name, **kwargs)
         else:
-            own = AutoConfig.from_pretrained(name, **_of_hub(kwargs))
+            own = AutoConfig.from_pretrained(name, **of_hub(kwargs))
             given = {"num_labels": num_labels, "exit": exit, "exits": exits, "num_layers": num_layers}
             if isinstance(own, MultiExitConfig):
                 odd = [f"{key}={value!r}" for key, value in given.items() if value is not None]
@@ -152,8 +152,12 @@ class MultiExitEncoder(PreTrainedModel):
                     )
                 model = super().from_pretrained(name, **kwargs)
             else:
-                model = _of_encoder(cls, name, own, num_labels or 2, exit or "pooler", exits, num_layers, kwargs)
-        model.tokenizer = _tokenizer_of(name, kwargs)
+                labels = 2 if num_labels is None else num_labels
+                config = around(own, labels, exit or "pooler", exits, num_layers, kwargs)
+                attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
+                model = cls._from_config(config, **attention)
+                take_weights(model, name, kwargs.pop("dtype", None), kwargs)
+        model.tokenizer = tokenizer_of(name, kwargs)
         return model
 
     def start(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -251,8 +255,7 @@ class MultiExitEncoder(PreTrainedModel):
         logits = every_exit(self, {name: tensor for name, tensor in batch.items() if tensor is not None})
         if labels is None:
             return logits
-        loss = _weighted_squared_error if logits.shape[2] == 1 else weighted_cross_entropy
-        return SequenceClassifierOutput(loss=loss(logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=weighted_loss(logits, labels), logits=logits)
 
     def predict(
         self,
@@ -302,17 +305,6 @@ class MultiExitEncoder(PreTrainedModel):
         return backbones.family_of(self.backbone.config).layers(self.backbone)
 
 
-def _weighted_squared_error(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return sum_m m MSE_m / sum_m m of numbers (M, B, 1) and labels (B,)."""
-    if labels.shape != logits.shape[1:2]:
-        raise ValueError(
-            f"`labels` must be ({logits.shape[1]},), a number for each row, got shape {tuple(labels.shape)}."
-        )
-    errors = (logits.squeeze(-1) - labels.to(logits.dtype)).square().mean(1)
-    weights = torch.arange(1, len(errors) + 1, device=errors.device, dtype=errors.dtype)
-    return (weights * errors).sum() / weights.sum()
-
-
 def _ids(modules: Sequence[nn.Module]) -> set[int]:
     return {id(p) for module in modules for p in module.parameters()}
 
@@ -321,73 +313,6 @@ def _longest(mask: Tensor) -> int:
     """Return how many columns hold a token in some row, at least one."""
     used = mask.any(0).nonzero()
     return int(used[-1]) + 1 if len(used) else 1
-
-
-def _of_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those arguments that say where a checkpoint is found."""
-    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "force_download")
-    return {name: kwargs[name] for name in names if name in kwargs}
-
-
-def _around(
-    own: PretrainedConfig,
-    num_labels: int,
-    exit: str,
-    exits: Sequence[int] | None,
-    num_layers: int | None,
-    kwargs: dict[str, Any],
-) -> MultiExitConfig:
-    """Return the configuration of exits around an encoder; takes from ``kwargs`` what is the configuration's."""
-    own = copy.deepcopy(own)
-    backbones.family_of(own)
-    if num_layers is not None:
-        depth = int(own.num_hidden_layers)
-        if isinstance(num_layers, bool) or not 1 <= num_layers <= depth:
-            raise ValueError(f"`num_layers` must be in 1..{depth}, the layers of the backbone, got {num_layers!r}.")
-        own.num_hidden_layers = num_layers
-    names = ("classifier_dropout", "policy", "id2label", "label2id", "problem_type")
-    taken = {name: kwargs.pop(name) for name in names if name in kwargs}
-    config = MultiExitConfig(own.to_dict(), exit, exits, num_labels=num_labels, **taken)
-    _ = config.exit_layers
-    return config
-
-
-def _of_encoder(
-    cls: type[MultiExitEncoder],
-    name: str | Path,
-    own: PretrainedConfig,
-    num_labels: int,
-    exit: str,
-    exits: Sequence[int] | None,
-    num_layers: int | None,
-    kwargs: dict[str, Any],
-) -> MultiExitEncoder:
-    """Return exits around the encoder of a checkpoint."""
-    attention, dtype = kwargs.pop("attn_implementation", None), kwargs.pop("dtype", None)
-    config = _around(own, num_labels, exit, exits, num_layers, kwargs)
-    chosen = {} if attention is None else {"attn_implementation": attention}
-    model: MultiExitEncoder = cls._from_config(config, **chosen)
-    source = AutoModel.from_pretrained(name, **kwargs)
-    weights = source.state_dict()
-    wanted = model.backbone.state_dict()
-    model.backbone.load_state_dict({key: weights[key] for key in wanted})
-    pooler = backbones.family_of(own).pooler
-    if pooler is not None and f"{pooler}.weight" in weights:
-        dense = {"weight": weights[f"{pooler}.weight"], "bias": weights[f"{pooler}.bias"]}
-        for module in model.modules():
-            if isinstance(module, heads.Pooler):
-                module.dense.load_state_dict(dense)
-    model.to(source.dtype if dtype is None else dtype)
-    model.eval()  # as every from_pretrained returns it
-    return model
-
-
-def _tokenizer_of(name: str | Path, kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401 (of transformers)
-    """Return the tokenizer beside a checkpoint, None where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(name, **_of_hub(kwargs))
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 AutoConfig.register(MultiExitConfig.model_type, MultiExitConfig)

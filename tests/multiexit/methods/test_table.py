@@ -10,9 +10,9 @@ from gradalign.rules import Sum
 
 def test_the_table():
     assert methods.names() == [
-        "joint", "ml", "gaml-soft", "gaml-hard", "fastbert", "deebert", "shallow-deep-frozen", "fastbert-ga", "dbt",
-        "shallow-deep", "berxit", "gradient-equilibrium", "pml-direct", "pml-joint", "pml-kd-early", "pml-kd-late",
-        "pml-mutual",
+        "joint", "ml", "gaml-soft", "gaml-hard", "single", "fastbert", "deebert", "shallow-deep-frozen", "fastbert-ga",
+        "dbt", "shallow-deep", "berxit", "gradient-equilibrium", "pml-direct", "pml-joint", "pml-kd-early",
+        "pml-kd-late", "pml-mutual",
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"`method` must be one of .* got 'gaml_soft'; did you mean 'gaml-soft'"):
         methods.get("gaml_soft")
