@@ -67,6 +67,7 @@ _METHOD: Mapping[str, Setting] = {
     "temperature": Setting("of the distillation; the method's own if left out", float),
     "reduction": Setting("of the distillation over pairs of exits; sum is the paper's Eq. 3", choices=("sum", "mean")),
     "pair_exit": Setting("the early exit of pml-..., which train it and the last; 1 if left out", int),
+    "beta": Setting("weight of the hidden states' distance in bert-pkd; the method's own if left out", float),
     "granularity": Setting("what shares one Gramian", choices=("global", "layer", "tensor")),
     "scope": Setting("which parameters are aligned: all, or the trunk, those of no exit", choices=("all", "trunk")),
 }

@@ -111,7 +111,7 @@ class _Training:
             self.stages_done.append(steps_before)
             self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         stage, config = self.method.stages[number], self.config
-        self.model = stage.prepare(self.model, config.settings)
+        self.model = stage.prepare(self.work.make_model() if stage.begins_anew else self.model, config.settings)
         trained = list(stage.trains(self.model))
         self.model.requires_grad_(False)
         for parameter in trained:
@@ -206,8 +206,9 @@ class _Training:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(derived_seed(self.config.seed, f"dropout {rank}", number))
             with torch.autocast(device.type, torch.bfloat16) if self.config.precision == "bfloat16" else nullcontext():
-                logits = self.stage.forward(self.model, inputs, self.config.settings)
-                losses = self.stage.objective(self._seen(logits, labels, inputs))
+                made = self.stage.forward(self.model, inputs, self.config.settings)
+                logits, states = made if isinstance(made, tuple) else (made, None)
+                losses = self.stage.objective(self._seen(logits, labels, inputs, states))
             self.optimizer.zero_grad()
             # Averaged over the ranks, these are the means over all rows of the batch.
             parts = {name: loss * (share * ranks) for name, loss in losses.items()} if ranks > 1 else losses
@@ -219,7 +220,7 @@ class _Training:
         self._write_step(rate, values, None if labels.is_floating_point() else exit_accuracies(logits.detach(), labels))
         return values
 
-    def _seen(self, logits: Tensor, labels: Tensor, inputs: Inputs) -> Step:
+    def _seen(self, logits: Tensor, labels: Tensor, inputs: Inputs, states: Tensor | None) -> Step:
         """Return what the objective makes its losses of."""
         an_epoch = self.work.steps_an_epoch
         return Step(
@@ -234,6 +235,7 @@ class _Training:
             model=self.model,
             inputs=inputs,
             teacher=self.teacher,
+            states=states,
         )
 
     def _write_step(self, rate: float, losses: dict[str, float], accuracy: Tensor | None) -> None:
@@ -309,7 +311,7 @@ class _Training:
 
     def _write_results(self) -> None:
         self.metrics.flush()
-        model = self.method.finish(self.model)
+        model = self.method.finish(self.model, self.work)
         self.work.save(model, self.run.folder)
         logits: dict[str, tuple[Tensor, Tensor]] = {split: self.work.logits(model, split) for split in _SPLITS}
         self.run.save_logits(logits)

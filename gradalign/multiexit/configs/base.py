@@ -36,6 +36,7 @@ class Config:
         clamp: Whether GA-soft stops at weight 0.
         full_step: Whether GA-hard takes the whole gradient of the anchor where it drops the distillation.
         pair_exit: The early exit of the methods that train a pair of exits, counted from 1.
+        beta: Weight of the distance of hidden states in patient distillation.
         granularity: What shares a Gramian: "global", "layer" or "tensor".
         scope: Which parameters are aligned: "all", or the "trunk", those of no exit.
         precision: Of the network's arithmetic: "float32", or "bfloat16" by autocast.
@@ -58,6 +59,7 @@ class Config:
     clamp: bool | None = None
     full_step: bool | None = None
     pair_exit: int | None = None
+    beta: float | None = None
     granularity: Literal["global", "layer", "tensor"] = "global"
     scope: Literal["all", "trunk"] = "all"
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradalign.errors import unknown_name
-from gradalign.multiexit.methods import equilibrium, frozen, mutual, pairs, taught, weighted
+from gradalign.multiexit.methods import compression, equilibrium, frozen, mutual, pairs, taught, weighted
 from gradalign.multiexit.methods.base import Method, Objective, Settings, Stage, Step
 from gradalign.multiexit.methods.rules import of_rule, rule_names
 
@@ -16,6 +16,7 @@ _METHODS = (
     *weighted.METHODS,
     *equilibrium.METHODS,
     *pairs.METHODS,
+    *compression.METHODS,
 )
 _TABLE = {method.name: method for method in _METHODS}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ class Settings:
         full_step: Let GA-hard take the whole gradient of the anchor where it drops the distillation, as Eq. 7 is
             printed; False takes 1 - alpha of it.
         pair_exit: The early exit of a pair, counted from 1; the other is the last.
+        beta: Weight of the distance of hidden states in patient distillation, >= 0; Sun et al., Eq. 8.
 
     Raises:
         TypeError: A number is none, or a flag is not True or False.
@@ -43,6 +44,7 @@ class Settings:
     clamp: bool = False
     full_step: bool = True
     pair_exit: int = 1
+    beta: float = 100.0
 
     def __post_init__(self) -> None:
         finite_number("alpha", self.alpha, 0.0, 1.0)
@@ -53,6 +55,7 @@ class Settings:
         flag("clamp", self.clamp)
         flag("full_step", self.full_step)
         positive_integer("pair_exit", self.pair_exit)
+        finite_number("beta", self.beta, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +75,7 @@ class Step:
         model: The network in training.
         inputs: What it was run on.
         teacher: The network as the stage before left it, frozen and in evaluation mode; None in a first stage.
+        states: What the stage's ``forward`` gave beside the logits, None where it gave these alone.
     """
 
     logits: Tensor
@@ -85,6 +89,7 @@ class Step:
     model: nn.Module | None = None
     inputs: Inputs | None = None
     teacher: nn.Module | None = None
+    states: Tensor | None = None
 
 
 Objective = Callable[[Step], dict[str, Tensor]]
@@ -116,8 +121,10 @@ class Stage:
         rule: Makes the rule that joins their gradients.
         trains: Names the parameters that train. The others are frozen, and modules that hold none of those that train
             are in evaluation mode: without dropout, their normalisation's statistics as they were.
-        forward: Runs the network and returns logits: (M, B, C), or those of the exits that the losses need.
+        forward: Runs the network and returns logits: (M, B, C), or those of the exits that the losses need; or a pair
+            of them and of ``states``, which the step then holds.
         prepare: Makes the network of this stage of that of the stage before; for a first stage, of a new one.
+        begins_anew: Give ``prepare`` the network that the run began with in place of that of the stage before.
         epochs: Of the stage, in units of the run's.
         learning_rate: Of the stage, in units of the run's.
         judged: Which exits' score on held-out rows says when training stops early: the "mean" of all, the "last", the
@@ -127,8 +134,9 @@ class Stage:
     objective: Objective
     rule: Callable[[Settings], Rule | RowRule]
     trains: Callable[[nn.Module], Iterable[nn.Parameter]] = everything
-    forward: Callable[[nn.Module, Inputs, Settings], Tensor] = run
+    forward: Callable[[nn.Module, Inputs, Settings], Tensor | tuple[Tensor, Tensor]] = run
     prepare: Callable[[nn.Module, Settings], nn.Module] = unchanged
+    begins_anew: bool = False
     epochs: float = 1.0
     learning_rate: float = 1.0
     judged: Literal["mean", "last", "early", "pair"] = "mean"
@@ -140,7 +148,23 @@ class Stage:
         return fmean(scores[exit] for exit in exits)
 
 
-def untouched(model: nn.Module) -> nn.Module:
+class Judged(Protocol):
+    """What ``Method.finish`` is given of a run's ``Workload``."""
+
+    main: str
+    steps_an_epoch: int
+
+    def batch(self, step: int, rank: int, ranks: int, /) -> tuple[Inputs, Tensor, float]:
+        """Return a step's batch: inputs, labels and the share of the batch's rows, 1 where ``ranks`` is."""
+
+    def logits(self, model: nn.Module, split: Literal["held_out"], /) -> tuple[Tensor, Tensor]:
+        """Return the logits of every exit on the held-out rows, (M, N, C), and the labels, (N,)."""
+
+    def scores(self, logits: Tensor, labels: Tensor, /) -> dict[str, Tensor]:
+        """Return each score by name, (M,)."""
+
+
+def untouched(model: nn.Module, work: Judged) -> nn.Module:
     """Return the network as it is."""
     return model
 
@@ -154,7 +178,7 @@ class Method:
         summary: What it does, in a line.
         stages: What is done, one after the other.
         defaults: What the settings are unless the user says otherwise.
-        finish: Makes the network that is kept of the one that was trained.
+        finish: Makes the network that is kept of the one that was trained; it may look at the run's rows.
         kinds: What it can be used on: "images", "text".
     """
 
@@ -162,5 +186,5 @@ class Method:
     summary: str
     stages: tuple[Stage, ...]
     defaults: Settings = Settings()
-    finish: Callable[[nn.Module], nn.Module] = untouched
+    finish: Callable[[nn.Module, Judged], nn.Module] = untouched
     kinds: tuple[str, ...] = ("images", "text")
