@@ -18,12 +18,13 @@ def test_the_table():
         methods.get("gaml_soft")
 
 
-@pytest.mark.parametrize("kind", ["images", "text"])
-def test_every_method_is_for_both_kinds(kind):
-    assert methods.names(kind) == methods.names()
+def test_compression_is_for_text_alone():
+    compressing = [method.name for method in methods.compression.METHODS]
+    assert methods.names("text") == methods.names()
+    assert methods.names("images") == [name for name in methods.names() if name not in compressing]
 
 
-@pytest.mark.parametrize("name", [*methods.names(), *methods.rule_names()])
+@pytest.mark.parametrize("name", [*methods.names("images"), *methods.rule_names()])
 def test_every_name_is_its_methods_and_a_configuration_takes_it(name):
     method = methods.get(name)
     assert method.name == name

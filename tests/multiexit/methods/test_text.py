@@ -1,4 +1,4 @@
-"""Every method on a text encoder: shared pooler, dropout, a hidden state of several tensors, regression."""
+"""Every method for both kinds on a text encoder: shared pooler, dropout, a hidden state of several tensors, regression."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradalign.multiexit.methods import Settings, Step
 transformers = pytest.importorskip("transformers")
 encoder = pytest.importorskip("gradalign.multiexit.text.encoder")
 
-NAMES = [*methods.names(), "kd:pcgrad", "exits:mgda"]
+NAMES = [*methods.names("images"), "kd:pcgrad", "exits:mgda"]
 BATCH = {"input_ids": torch.arange(4 * 6).view(4, 6) % 32, "attention_mask": torch.ones(4, 6, dtype=torch.long)}
 
 

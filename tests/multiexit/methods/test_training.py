@@ -70,7 +70,7 @@ def boundaries(monkeypatch):
     return states
 
 
-@pytest.mark.parametrize("method", [*methods.names(), "kd:graddrop", "exits:upgrad"])
+@pytest.mark.parametrize("method", [*methods.names("images"), "kd:graddrop", "exits:upgrad"])
 def test_every_method_learns(method, digits, tmp_path):
     rate = 0.005 if method == "fastbert" else 0.05  # ten times that in the second stage
     run = trained(tmp_path / "run", digits, method=method, epochs=8, learning_rate=rate)

@@ -65,7 +65,8 @@ def masked(modules: Sequence[nn.Linear], masks: Sequence[Tensor]) -> Iterator[No
 def sensitivity(model: nn.Module, inputs: Inputs, labels: Tensor) -> Tensor:
     """Return sum over rows of |dL / dm_h|, (layers, heads), L a row's loss at the last exit, its masks m at 1."""
     modules = projections(model)
-    masks = [torch.ones(len(labels), head_count(model), device=labels.device, requires_grad=True) for _ in modules]
+    new = modules[0].weight.detach().new_ones
+    masks = [new(len(labels), head_count(model)).requires_grad_() for _ in modules]
     with masked(modules, masks), torch.enable_grad():
         logits = run(model, inputs, Settings())
         # A row's loss depends on its own masks alone, so the gradient of the sum holds each row's.

@@ -93,7 +93,7 @@ def successors_alone(model: nn.Module, work: Judged) -> nn.Module:
 METHODS = (
     Method(
         "theseus",
-        "after fine-tuning, copies of the first half of the layers, which alone train, take the place of two each",
+        "after fine-tuning, copies of the first half of the layers take the place of two each, at random",
         (FINE_TUNING, Stage(on_labels, lambda settings: Sum(), successors, replacing, with_successors)),
         finish=successors_alone,
         kinds=("text",),
