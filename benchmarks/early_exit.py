@@ -1,6 +1,6 @@
 """How many rows a second early exiting answers, against batch size and speed-up, and when to drop rows that left.
 
-    python benchmarks/early_exit.py --out benchmarks/results    ResNet-56 with 27 exits, an encoder of 6 x 384
+    python benchmarks/early_exit.py --out benchmarks/results    ResNet-56 with 27 exits, a BERT of 6 x 384
     python benchmarks/early_exit.py --quick                     smaller ones, few rows
 
 Measured in turn, on the same rows in batches of each size: *full depth*, which runs every layer and the last head
@@ -29,8 +29,9 @@ from provenance import record
 from tables import table
 from timing import Figures, measure
 from torch import Tensor, nn
+from transformers import BertConfig
 
-from gradalign.multiexit import MultiExitResNet, early_exit, metrics, policies
+from gradalign.multiexit import MultiExitEncoder, MultiExitResNet, early_exit, metrics, policies
 from gradalign.multiexit.inference import Decision, Inputs, MultiExitModel, Policy, Walk, every_exit
 
 ROUNDS = 7
@@ -41,40 +42,6 @@ COMPACTED = 32
 THREADS = (1, 2)
 CLASSES = 10
 FULL = "full depth"
-
-
-class Encoder(nn.Module):
-    """A BERT-like encoder with an exit after every layer, on token 0.
-
-    Args:
-        num_exits: Layers, M.
-        width: Of the hidden state; 64 a head.
-        vocabulary: Words.
-    """
-
-    def __init__(self, num_exits: int = 6, width: int = 384, vocabulary: int = 1000) -> None:
-        super().__init__()
-        self.num_exits = num_exits
-        self.words = nn.Embedding(vocabulary, width)
-        self.encoders = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, max(1, width // 64), 4 * width, activation="gelu", batch_first=True)
-            for _ in range(num_exits)
-        )
-        self.heads = nn.ModuleList(nn.Linear(width, CLASSES) for _ in range(num_exits))
-
-    def start(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the embedded words, (n, L, H), and which are padding, (n, L)."""
-        return {"hidden": self.words(inputs["words"]), "padding": inputs["padding"]}
-
-    def layers(self, hidden: dict[str, Tensor], exit: int) -> dict[str, Tensor]:
-        """Run the exit's layer."""
-        after = self.encoders[exit - 1](hidden["hidden"], src_key_padding_mask=hidden["padding"])
-        return {**hidden, "hidden": after}
-
-    def advance(self, hidden: dict[str, Tensor], exit: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Run the exit's layer and its head: hidden state and logits (n, C)."""
-        hidden = self.layers(hidden, exit)
-        return hidden, self.heads[exit - 1](hidden["hidden"][:, 0])
 
 
 @dataclass
@@ -111,13 +78,16 @@ def resnet(rows: int, depth: int = 56, side: int = 32, device: str = "cpu") -> W
 
 
 def encoder(rows: int, width: int = 384, length: int = 64, device: str = "cpu") -> Workload:
-    """Return an encoder of 6 layers and sentences of ``length`` words."""
+    """Return a BERT of 6 layers with exits on the first token, and sentences of ``length`` / 4 to ``length`` words."""
     torch.manual_seed(0)
-    model = Encoder(width=width).to(device)
-    _spread(list(model.heads))
-    words = torch.randint(1000, (rows, length), device=device)
-    inputs = {"words": words, "padding": torch.zeros(rows, length, dtype=torch.bool, device=device)}
-    return Workload(f"encoder of 6 x {width}, {length} words", model.eval(), inputs)
+    sizes = {"hidden_size": width, "num_attention_heads": max(1, width // 32), "intermediate_size": 4 * width}
+    config = BertConfig(vocab_size=1000, num_hidden_layers=6, **sizes)
+    model = MultiExitEncoder.from_config(config, num_labels=CLASSES, exit="linear").to(device)
+    _spread([head.linear for head in model.heads])
+    lengths = torch.randint(-(-length // 4), length + 1, (rows, 1))
+    mask = (torch.arange(length) < lengths).long().to(device)
+    inputs = {"input_ids": torch.randint(1000, (rows, length), device=device) * mask, "attention_mask": mask}
+    return Workload(f"BERT of 6 x {width}, {length} words or fewer", model.eval(), inputs)
 
 
 def _spread(heads: Sequence[nn.Linear]) -> None:
