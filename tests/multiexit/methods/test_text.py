@@ -1,4 +1,4 @@
-"""Every method for both kinds on a text encoder: shared pooler, dropout, a hidden state of several tensors, regression."""
+"""Methods for both kinds on a text encoder: shared pooler, dropout, a hidden state of several tensors, regression."""
 
 from __future__ import annotations
 
