@@ -82,7 +82,6 @@ class GradientAligner(WrappedOptimizer):
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: An argument has no such value, or names a parameter that the optimizer does not have.
-        NotImplementedError: ``torch.distributed`` runs, and ``process_group`` is not None.
 
     >>> from gradalign.rules import GASoft
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -162,20 +161,21 @@ class GradientAligner(WrappedOptimizer):
             NonFiniteError: A group's gradient holds NaN or infinity, with ``nonfinite="raise"`` and no ``scaler``.
             GradAlignError: Another rank has met an error.
         """
-        layout, ranks = self._steps.layout(self.param_groups, self._process_group())
-        compared = ranks if layout.shards is not None or not self._accumulating else None  # else nothing is sent
-        with telling(None if compared is None else partial(compared.give_up, layout)):
+        waits = self._accumulating
+        layout, ranks = self._steps.layout(self.param_groups, self._process_group(), accumulating=waits)
+        compared = ranks if layout.shards is not None or not waits else None  # else nothing is sent
+        with telling(None if compared is None else partial(compared.give_up, layout.device)):
             check_scaler(scaler)
             check_probe(probe, self._choice, self._rule, self._scope, self._granularity)
             groups = check_losses(losses)
-            conditions = Conditions(self._groups, scale_of(scaler, groups), ranks, last=not self._accumulating)
+            conditions = Conditions(self._groups, scale_of(scaler, groups), ranks, not waits, self._nonfinite)
             step = self._steps.begin(layout, groups, probe, conditions)
         if compared is not None:
-            compared.check_same(tuple(groups), step.manner, layout)
+            compared.check_same(tuple(groups), step.manner, layout.checksum, layout.device)
         if self._skip_step and all(p.grad is None for p in step.collector.parameters):
             self._skip_step = False  # whoever reset p.grad, say model.zero_grad(), began a new step
         step.collect()
-        if not self._accumulating:
+        if not waits:
             try:
                 self._align(step)
             finally:

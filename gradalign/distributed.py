@@ -38,10 +38,6 @@ class Layout(Protocol):
     parameters: tuple[Tensor, ...]
     sizes: tuple[int, ...]
 
-    @property
-    def checksum(self) -> int:
-        """The same number for the same parameters, frozen ones among them."""
-
     def flat(self, i: int, gradient: Tensor) -> Tensor:
         """Return a gradient of parameter i as it lies in memory, (numel,)."""
 
@@ -60,31 +56,32 @@ class Ranks:
     group: dist.ProcessGroup | None
     size: int
 
-    def check_same(self, names: Sequence[str], manner: str, layout: Layout) -> None:
+    def check_same(self, names: Sequence[str], manner: str, checksum: int, device: torch.device) -> None:
         """Raise on every rank unless all have the same loss groups and parameters, in order, and go on alike.
 
         Args:
             names: This rank's groups.
             manner: How this rank goes on, in words; different ways exchange different things.
-            layout: The parameters.
+            checksum: Of the parameters, the same number for the same ones, frozen ones among them.
+            device: Where they are.
 
         Raises:
             ValueError: They differ.
             GradAlignError: Another rank has met an error.
         """
-        numbers = [zlib.crc32(repr(list(names)).encode()), zlib.crc32(manner.encode()), layout.checksum]
-        mine = torch.tensor(numbers, device=layout.parameters[0].device)
+        numbers = [zlib.crc32(repr(list(names)).encode()), zlib.crc32(manner.encode()), checksum]
+        mine = torch.tensor(numbers, device=device)
         everybody = mine.new_empty(self.size * len(numbers))
         _all_gather(everybody, mine, group=self.group)
         of_groups, of_manners, of_layouts = (len(set(seen)) > 1 for seen in everybody.view(self.size, -1).T.tolist())
         if not (of_groups or of_manners or of_layouts):
             return
         said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, (manner, list(names), layout.checksum), group=self.group)
+        dist.all_gather_object(said, (manner, list(names), checksum), group=self.group)
         if failed := [rank for rank, (how, _, _) in enumerate(said) if how == _GIVEN_UP]:
             raise _elsewhere(failed)
         if of_layouts:
-            alike = [rank for rank, (_, _, checksum) in enumerate(said) if checksum == said[0][2]]
+            alike = [rank for rank, (_, _, seen) in enumerate(said) if seen == said[0][2]]
             raise ValueError(
                 "`optimizer` must hold the same parameters on all ranks, the same ones of them frozen and in the same"
                 f" blocks, got others on ranks {sorted(set(range(self.size)) - set(alike))} than on {alike}; build and"
@@ -102,10 +99,10 @@ class Ranks:
             " call backward as often, with a probe or scaler on all or none."
         )
 
-    def give_up(self, layout: Layout) -> None:
+    def give_up(self, device: torch.device) -> None:
         """Take part in the others' ``check_same`` after an error on this rank, so that they do not wait."""
         with suppress(ValueError, GradAlignError):
-            self.check_same((), _GIVEN_UP, layout)
+            self.check_same((), _GIVEN_UP, 0, device)
 
     def agree(self, layout: Layout, reached: Sequence[bool] | None) -> list[bool]:
         """Return for each parameter whether any rank reaches it.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from gradalign.arguments import check_anchor, check_mesh, check_parameters, check_sharded, rescales_anchor
+from gradalign.collectors.agreement import telling
 from gradalign.collectors.base import Collector, Loss, check_all_targets
 from gradalign.collectors.batched import BatchedCollector
 from gradalign.collectors.graphs import check_graphs
@@ -22,7 +24,8 @@ from gradalign.collectors.stacked import StackedCollector
 from gradalign.collectors.streamed import StreamedCollector
 from gradalign.distributed import Ranks
 from gradalign.kept import KeptWeights, Weighted
-from gradalign.rules import RowRule, Rule
+from gradalign.rules import BaseRule, RowRule, Rule
+from gradalign.sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,14 @@ class Conditions:
         scale: What a GradScaler multiplies the losses by; None for nothing.
         ranks: The ranks to average over; None for this one alone.
         last: No micro-batch follows.
+        nonfinite: What happens to a step that is not finite.
     """
 
     known: tuple[str, ...] | None
     scale: Tensor | None
     ranks: Ranks | None
     last: bool
+    nonfinite: str
 
 
 @dataclass(frozen=True)
@@ -102,14 +107,20 @@ class Steps:
         self._scaled = False
         self._layout: Layout | None = None
 
-    def layout(self, param_groups: Sequence[Mapping[str, Any]], chosen: Ranks | None) -> tuple[Layout, Ranks | None]:
+    def layout(
+        self, param_groups: Sequence[Mapping[str, Any]], chosen: Ranks | None, *, accumulating: bool
+    ) -> tuple[Layout, Ranks | None]:
         """Return the layout of the parameters that require a gradient now, and the ranks to sum over.
 
         Args:
             param_groups: The optimizer's.
             chosen: The ranks to average over. DTensors are summed over the ranks of their mesh.
+            accumulating: This is a micro-batch, of which replicated ranks tell one another nothing.
         """
-        layout = self.pool.layout(param_groups)
+        parameters = [p for group in param_groups for p in group["params"]]
+        tell = None if chosen is None or accumulating or any(map(is_sharded, parameters)) else chosen.give_up
+        with telling(None if tell is None else partial(tell, parameters[0].device)):
+            layout = self.pool.layout(param_groups)
         if layout is not self._layout:
             if self._layout is not None:
                 self.kept.forget()  # they are the weights of other parameters
@@ -140,7 +151,7 @@ class Steps:
         else:
             self._kind = self._kind_of(names, probe, layout, keep_rows=layout.shards is not None or not conditions.last)
             self._begun, self._scaled = names, scaled
-        manner = self._manner(scaled=scaled)
+        manner = self._manner(conditions)
         if self._kind == "kept":
             return self._with_kept_weights(layout, groups, conditions, manner)
         if self._kind == "probed" and probe is not None:
@@ -244,18 +255,36 @@ class Steps:
             return "streamed"
         return "batched" if self._choice == "batched" else "stacked"
 
-    def _manner(self, *, scaled: bool) -> str:
+    def _manner(self, conditions: Conditions) -> str:
         """Return how this step goes on, in words, which have to be the same on all ranks."""
         waiting = self.pool.current.pending if self.pool.waiting and self.pool.current is not None else 0
-        words = [f"{self._rule!r}, {self._kind}"]
+        words = [f"{_said(self._rule)}, {self._kind}"]
+        if self._shared_only:
+            words.append("scope='shared'")
         if waiting:
             words.append(f"micro-batch {waiting + 1}")
         elif self.pool.waiting:
             words.append("after a lost micro-batch")
-        return ", ".join([*words, "scaled"] if scaled else words)
+        if conditions.nonfinite != "raise":
+            words.append(f"nonfinite={conditions.nonfinite!r}")
+        return ", ".join([*words, "scaled"] if conditions.scale is not None else words)
 
     def _support(self, names: Sequence[str]) -> tuple[int, ...]:
         return self._rule.support(names) if isinstance(self._rule, Rule) else tuple(range(len(names)))
+
+
+def _said(rule: object) -> str:
+    """Return a rule in words that are the same on all ranks: its class and those of its settings that are plain."""
+    settings = [(f.name, getattr(rule, f.name)) for f in fields(rule)] if is_dataclass(rule) else []
+    told = [f"{name}={_said(value)}" for name, value in settings if isinstance(value, BaseRule)]
+    told += [f"{name}={value!r}" for name, value in settings if _plain(value)]
+    return f"{type(rule).__name__}({', '.join(told)})"
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _other_groups(known: tuple[str, ...], names: tuple[str, ...], why: str) -> ValueError:

@@ -56,6 +56,11 @@ class Layout:
         self.strides = tuple(torch.empty_like(part, device="meta").stride() for part in parts)
         self.sizes = tuple(part.numel() for part in parts)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is."""
+        return self.parameters[0].device
+
     @cached_property
     def checksum(self) -> int:
         """The same number for the same parameters, the same of them frozen, in the same blocks."""

@@ -89,7 +89,7 @@ class ProbedCollector(Collector):
         parameters = [self.layout.parameters[i] for i in reached]
         if self.scale is not None:
             torch._foreach_div_([gradient[i] for i in reached], self.scale.to(parameters[0].device))
-        with telling(None if self._ranks is None else partial(self._ranks.give_up, self.layout)):
+        with telling(None if self._ranks is None else partial(self._ranks.give_up, self.layout.device)):
             self._row = self._derivatives(self._losses, parameters, [gradient[i] for i in reached])
             if anchor in self._row:
                 raise ValueError(
@@ -99,7 +99,7 @@ class ProbedCollector(Collector):
         self.derivative = self._derivatives.way
         self.num_groups = 1 + len(self._row)
         if self._ranks is not None:
-            self._ranks.check_same(tuple(self._row), "probed", self.layout)
+            self._ranks.check_same(tuple(self._row), "probed", self.layout.checksum, self.layout.device)
         return tuple(self._row)
 
     def _average(self, ranks: Ranks, anchor: str) -> None:

@@ -194,7 +194,7 @@ class StackedCollector(Collector):
     @torch.no_grad()
     def _gramians(self) -> tuple[Tensor, Tensor]:
         """Return the Gramians of the blocks, (B, K, K), and that of the parameters outside the scope, (K, K)."""
-        device = self.layout.parameters[0].device
+        device = self.layout.device
         shape = (self.layout.num_blocks + 1, self.num_groups, self.num_groups)
         G = torch.zeros(shape, dtype=accumulation_dtype(device), device=device)
         for plan in self._planned():

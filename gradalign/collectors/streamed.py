@@ -60,7 +60,7 @@ class StreamedCollector(Collector):
             for i, (parameter, block) in enumerate(zip(layout.parameters, layout.blocks, strict=True))
             if block != OUTSIDE and can_be_row_sparse(parameter)
         ]
-        self._device = layout.parameters[0].device
+        self._device = layout.device
         self._scratch: dict[torch.device, Tensor] = {}
         self._plans: dict[tuple[object, ...], GramianPlan] = {}
         self._sums: dict[tuple[object, ...], CombinePlan] = {}

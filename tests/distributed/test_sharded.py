@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -271,27 +272,38 @@ def test_ranks_beyond_the_mesh_are_refused(tmp_path):
     assert processes.run(too_small_a_mesh, 4, folder=tmp_path) == [{"refused": True}] * 4
 
 
-def refused(rank, size):
+WHOLE = {
+    "rows": ("graddrop", {}),
+    "streamed": ("ga-soft", {"collector": "streamed"}),
+    "batched": ("pcgrad", {"collector": "batched"}),
+    "probed": ("ga-soft", {}),
+}
+
+
+def refused(rank, size, layouts):
     messages = {}
-    for name, rule, options in (
-        ("rows", "graddrop", {}),
-        ("streamed", "ga-soft", {"collector": "streamed"}),
-        ("batched", "pcgrad", {"collector": "batched"}),
-        ("probed", "ga-soft", {}),
-    ):
+    for layout in layouts:
+        shard, _, together = LAYOUTS[layout]
         model = Net()
-        fully_shard(model)
-        optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), rule, **options)
-        probe = (lambda model=model: losses_of(model, data(0, 0, rank))) if name == "probed" else None
-        with pytest.raises(ValueError, match="where parameters are DTensors") as caught:
-            optimizer.backward(losses_of(model, data(0, 0, rank)), probe=probe)
-        messages[name] = str(caught.value)
+        shard(model, size)
+        for name, (rule, options) in WHOLE.items():
+            optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), rule, **options)
+            losses = losses_of(model, data(0, 0, rank // together))
+            probe = (lambda losses=losses: losses) if name == "probed" else None
+            with pytest.raises(ValueError, match="where parameters are DTensors") as caught:
+                optimizer.backward(losses, probe=probe)
+            messages[layout, name] = str(caught.value)
     return messages
 
 
-def test_what_needs_whole_gradients_is_refused(tmp_path):
-    for messages in processes.run(refused, 2, folder=tmp_path):
-        assert "`rule` must be a function of the Gramian" in messages["rows"]
-        assert "`collector` must be 'stacked' or 'auto'" in messages["streamed"]
-        assert "`collector` must be 'stacked' or 'auto'" in messages["batched"]
-        assert "`probe` must be None" in messages["probed"]
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_needs_whole_gradients_is_refused(size, tmp_path):
+    layouts = [layout for layout, (_, sizes, _) in LAYOUTS.items() if size in sizes]
+    for outcome in processes.run(partial(refused, layouts=layouts), size, folder=tmp_path):
+        assert set(outcome) == {(layout, name) for layout in layouts for name in WHOLE}
+        for layout in layouts:
+            messages = {name: outcome[layout, name] for name in WHOLE}
+            assert "`rule` must be a function of the Gramian" in messages["rows"]
+            assert "`collector` must be 'stacked' or 'auto'" in messages["streamed"]
+            assert "`collector` must be 'stacked' or 'auto'" in messages["batched"]
+            assert "`probe` must be None" in messages["probed"]

@@ -101,7 +101,11 @@ def disagreeing(rank, size):
         model.heads[0].bias.grad = torch.zeros((), dtype=torch.float64).expand(4)
     outcome["target"] = caught(model.losses(0, rank))
     model.heads[0].bias.grad = None
+    losses = model.losses(0, rank)
+    with optimizer.accumulate():  # sharded ranks exchange something at every micro-batch
+        outcome["micro-batch"] = caught({"a": losses["a"]} if rank else losses)
     outcome["untouched"] = all(p.grad is None for p in model.parameters())
+    optimizer.backward(model.losses(0, rank))
     return outcome
 
 
@@ -110,6 +114,7 @@ def test_errors_are_told_over_the_mesh(tmp_path):
     assert "raised" not in healthy, healthy
     for seen in (healthy, broken):
         assert "['a', 'b'] on rank 0; ['b', 'a'] on rank 1" in seen["names"]
+        assert "['a', 'b'] on rank 0; ['a'] on rank 1" in seen["micro-batch"]
         assert seen["untouched"]
     assert healthy["target"].startswith("GradAlignError: backward() must succeed on all ranks, got an error on [1]")
     assert "`p.grad` must be None or a dense tensor" in broken["target"]
