@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -214,6 +215,12 @@ def device_of(options: argparse.Namespace) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"`device` must be auto, cpu or one that torch has, got {name!r}: {reason}") from error
+
+
+def check_alone(command: str) -> None:
+    """Raise ValueError where torchrun started several processes for a command that is for one."""
+    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"`torchrun` must start one process for {command}, got {ranks}; several can `train` together.")
 
 
 def method_help() -> str:
