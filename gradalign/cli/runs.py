@@ -76,9 +76,8 @@ def _train(options: argparse.Namespace) -> int:
     with quiet(config.kind == "text"), processes.joined(settings.device_of(options)) as device:
         first = processes.rank() == 0
         workload = workload_of(config, device)
-        if first and not options.resume:
-            Run.create(run.folder, config)
-        processes.wait()
+        if not options.resume:
+            processes.on_first(lambda: Run.create(run.folder, config), device)
         watching = tensorboard(run.folder / "tensorboard") if options.tensorboard and first else nullcontext()
         try:
             with watching as watch:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from gradalign import cli
 from gradalign.multiexit import processes, training
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.text.workload import MODEL, TextWorkload
@@ -51,13 +52,27 @@ def _stop(run, rank, size, at):
     return None
 
 
-def agreed(rank, size):
+def all_at_once(rank, size, folder):
+    """All that takes several ranks: starting them takes longer than what they do."""
+    return {
+        "agreed": agreed(),
+        "refused": cli.main([*command(Run(Path(folder)).config), "--out", folder]),
+        "trained": trained(rank, size, folder, stop=4),
+    }
+
+
+def command(config):
+    """A command that trains something like it."""
+    return ["train", "--task", config.task, "--backbone", config.backbone, "--data-dir", config.data_dir]
+
+
+def agreed():
     """What the functions that ask all ranks return."""
     return {
         "rank": processes.rank(),
         "ranks": processes.ranks(),
-        "any": [processes.any_rank(rank == 1, CPU), processes.any_rank(False, CPU)],
-        "mean": float(processes.mean(torch.tensor(float(rank + 1)))),
+        "any": [processes.any_rank(processes.rank() == 1, CPU), processes.any_rank(False, CPU)],
+        "mean": float(processes.mean(torch.tensor(float(processes.rank() + 1)))),
         "joined": _joined(),
     }
 
