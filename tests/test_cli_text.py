@@ -21,10 +21,10 @@ from tests.multiexit.text.folders import backbone, glue
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The options of a short run."""
+    """The options of a short run; four layers are the fewest that bert-pkd halves."""
     folder = tmp_path_factory.mktemp("cli-text")
     return [
-        "--backbone", str(backbone(folder / "encoder", layers=2)), "--data-dir", str(glue(folder / "glue", 24, 10)),
+        "--backbone", str(backbone(folder / "encoder", layers=4)), "--data-dir", str(glue(folder / "glue", 24, 10)),
         "--epochs", "1", "--batch-size", "10",
     ]  # fmt: skip
 
@@ -66,14 +66,14 @@ def test_settings_reach_the_configuration(small, tmp_path):
     assert cli.main(["train", "--task", "sst2", "--out", str(tmp_path / "run"), *small, *given]) == 0
     values = Run.open(tmp_path / "run").config.to_dict()
     assert {
-        "granularity": "layer", "scope": "trunk", "precision": "bfloat16", "clip": 2.0, "buckets": False, "max_train": 20,
-        "exit": "linear", "seed": 3, "clamp": True, "full_step": False, "pretrained": False, "task": "sst-2",
+        "granularity": "layer", "scope": "trunk", "precision": "bfloat16", "clip": 2.0, "buckets": False,
+        "max_train": 20, "exit": "linear", "seed": 3, "clamp": True, "full_step": False, "pretrained": False, "task": "sst-2",
     }.items() <= values.items()  # fmt: skip
 
 
 def test_a_killed_process_goes_on_bit_for_bit(small, tmp_path):
     """SIGKILL: the run goes on from its last epoch's checkpoint, with dropout."""
-    command = ["train", "--task", "sst-2", *small, "--epochs", "12", "--batch-size", "2", "--patience", "20"]
+    command = ["train", "--task", "sst-2", *small, "--epochs", "8", "--batch-size", "2", "--patience", "20"]
     assert cli.main([*command, "--out", str(tmp_path / "whole")]) == 0
     folder = tmp_path / "killed"
     process = subprocess.Popen(
@@ -140,7 +140,10 @@ def test_reproduce_prints_the_table_and_its_files(small, tmp_path, capsys):
 ERRORS = {
     "task": (["train", "--task", "sst-3"], "`task` must be one of"),
     "images": (["train", "--task", "rte", "--depth", "8"], "`--depth` must come with a run on images, got one on text"),
-    "text": (["train", "--max-length", "9"], "`--max-length` must come with a run on text, with --task, got one on images"),
+    "text": (
+        ["train", "--max-length", "9"],
+        "`--max-length` must come with a run on text, with --task, got one on images",
+    ),
     "data": (["train", "--task", "rte"], "RTE"),
     "exit": (["train", "--task", "sst-2", "--exit", "top"], "`exit` must be one of"),
     "search images": (["search"], "`--task` must name a GLUE task to search on, got none"),
@@ -185,8 +188,7 @@ def test_a_wrong_axis_is_wrong_usage(small, capsys):
     for axis in ("alpa=1", "alpha=high", "alpha"):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["search", "--task", "sst-2", "--grid", axis, *small])
-        error = capsys.readouterr().err
-        assert f"got '{axis}'" in error or axis == "alpha"
+        assert f"got '{axis}'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main(["reproduce", "table6"])
 

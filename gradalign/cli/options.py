@@ -224,11 +224,12 @@ def check_alone(command: str) -> None:
 
 
 def method_help() -> str:
-    """Return the methods with a line each."""
+    """Return the methods with a line each, as argparse takes it."""
     lines = [f"{name}: {methods.get(name).summary}" for name in methods.names()]
-    return "; ".join(
+    text = "; ".join(
         [*lines, "kd:RULE: cross-entropy and distillation, joined by a rule; exits:RULE: one loss an exit"]
     )
+    return text.replace("%", "%%")
 
 
 def _option(name: str) -> str:

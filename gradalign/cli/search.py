@@ -70,9 +70,11 @@ def _grid(axes: Sequence[tuple[str, Sequence[Any]]]) -> Mapping[str, Sequence[An
 
 
 def _axis(text: str) -> tuple[str, Sequence[Any]]:
-    name, _, values = text.partition("=")
+    name, equals, values = text.partition("=")
     name = name.replace("-", "_")
     try:
+        if not equals:
+            raise KeyError(name)
         kind = settings.type_of(name)
         return name, [kind(value) for value in values.split(",") if value]
     except (KeyError, ValueError) as error:

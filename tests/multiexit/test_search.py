@@ -115,7 +115,9 @@ def test_networks_and_checkpoints_are_removed(searched):
 
 def test_another_search_in_the_folder_is_refused(config, searched):
     folder, _ = searched
-    with pytest.raises(ValueError, match=r"`out` must be a folder whose runs have this configuration, got .* alpha=0.1"):
+    with pytest.raises(
+        ValueError, match=r"`out` must be a folder whose runs have this configuration, got .* alpha=0.1"
+    ):
         list(search(config, [{"alpha": 0.7, "learning_rate": 1e-3}], 2, folder))
 
 
@@ -140,7 +142,9 @@ def test_some_trials_are_a_fixed_random_part():
 
 
 def test_an_empty_grid_is_named():
-    with pytest.raises(ValueError, match=r"`grid` must hold one value at least for each setting, got none for \['alpha'\]"):
+    with pytest.raises(
+        ValueError, match=r"`grid` must hold one value at least for each setting, got none for \['alpha'\]"
+    ):
         trials_of({"alpha": [], "beta": [1]})
     with pytest.raises(ValueError, match="got none for any"):
         trials_of({})

@@ -7,6 +7,7 @@ from gradalign.multiexit.reproduce import Order, reproduce
 from tests.multiexit.reproduce.pieces import PIECES, order_of
 from tests.multiexit.text.folders import backbone, glue
 
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """What the pieces on text share; four layers, two seeds, one short epoch."""

@@ -197,7 +197,9 @@ def test_figures_4_and_5_have_a_score_an_exit(text, made):
         expected = statistics.fmean(100 * run.result["test_accuracy"][exit - 1] for run in alone)
         assert mean(tuned, "sst-2, fine-tuned to that layer", str(exit)) == pytest.approx(expected)
     assert mean(tuned, "sst-2, fine-tuned to that layer", "4") == pytest.approx(single)
-    with pytest.raises(ValueError, match=r"`methods` must keep an exit after each of 4 layers for figure4, got bert-6l"):
+    with pytest.raises(
+        ValueError, match=r"`methods` must keep an exit after each of 4 layers for figure4, got bert-6l"
+    ):
         reproduce("figure4", replace(text, methods=("bert-6l",)), training=False)
 
 

@@ -52,7 +52,8 @@ def backbone(folder, layers=3, dropout=0.1):
     folder.mkdir(parents=True, exist_ok=True)
     config = BertConfig(
         vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=40, initializer_range=0.3, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        max_position_embeddings=40, initializer_range=0.3, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
