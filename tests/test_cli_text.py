@@ -67,7 +67,8 @@ def test_settings_reach_the_configuration(small, tmp_path):
     values = Run.open(tmp_path / "run").config.to_dict()
     assert {
         "granularity": "layer", "scope": "trunk", "precision": "bfloat16", "clip": 2.0, "buckets": False,
-        "max_train": 20, "exit": "linear", "seed": 3, "clamp": True, "full_step": False, "pretrained": False, "task": "sst-2",
+        "max_train": 20, "exit": "linear", "seed": 3, "clamp": True, "full_step": False, "pretrained": False,
+        "task": "sst-2",
     }.items() <= values.items()  # fmt: skip
 
 
