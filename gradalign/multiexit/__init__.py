@@ -1,13 +1,10 @@
 """Multi-exit networks: models, losses, training methods, exit policies and early exiting.
 
-Everything named here needs torch alone, but for ``MultiExitConfig`` and ``MultiExitEncoder``, which are imported when
-first asked for and need the extra "text". Data, training, figures and the command line need the extra "multiexit".
+What is named here needs torch alone, but for ``MultiExitEncoder``, which needs the extra "text". Data, training,
+figures and the command line need the extra "multiexit", on text "text".
 """
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradalign.multiexit import methods, metrics, objectives, policies
 from gradalign.multiexit.inference import Decision, MultiExitModel, Policy, early_exit
@@ -31,14 +28,11 @@ __all__ = [
     "policies",
 ]
 
-_LATER = {"MultiExitConfig": "gradalign.multiexit.text.config", "MultiExitEncoder": "gradalign.multiexit.text.encoder"}
 
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (what a module holds)
+    """Import what needs transformers when it is asked for."""
+    if name in ("MultiExitConfig", "MultiExitEncoder"):
+        from gradalign.multiexit.text import config, encoder  # noqa: PLC0415
 
-def __getattr__(name: str) -> object:
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+        return {"MultiExitConfig": config.MultiExitConfig, "MultiExitEncoder": encoder.MultiExitEncoder}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

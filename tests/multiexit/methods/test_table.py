@@ -12,7 +12,7 @@ def test_the_table():
     assert methods.names() == [
         "joint", "ml", "gaml-soft", "gaml-hard", "single", "fastbert", "deebert", "shallow-deep-frozen", "fastbert-ga",
         "dbt", "shallow-deep", "berxit", "gradient-equilibrium", "pml-direct", "pml-joint", "pml-kd-early",
-        "pml-kd-late", "pml-mutual",
+        "pml-kd-late", "pml-mutual", "bert-6l", "distilbert", "bert-pkd", "layerdrop", "theseus", "head-pruning",
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"`method` must be one of .* got 'gaml_soft'; did you mean 'gaml-soft'"):
         methods.get("gaml_soft")

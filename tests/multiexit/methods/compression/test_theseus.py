@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 from gradalign.multiexit.methods import Settings
 from gradalign.multiexit.methods.compression import layers, theseus
 from gradalign.multiexit.runs import Run
+from gradalign.multiexit.text import backbones
 from gradalign.multiexit.training import train
 from tests.multiexit.methods.compression import tiny
 
@@ -24,6 +25,11 @@ def replaced():
             for parameter in layer.successor.parameters():
                 parameter.add_(0.1)
     return predecessor, model
+
+
+def coins(seed):
+    torch.manual_seed(seed)
+    return torch.stack([torch.rand(()) for _ in range(2)])
 
 
 def test_successors_begin_as_the_first_half():
@@ -43,20 +49,17 @@ def test_each_coin_replaces_two_layers_by_one():
     seen = set()
     for seed in range(10):
         model.steps.zero_()
-        torch.manual_seed(seed)
-        coins = tuple(bool(torch.rand(()) < 0.3) for _ in new)
+        drawn = tuple((coins(seed) < 0.3).tolist())
         torch.manual_seed(seed)
         logits = theseus.replacing(model, BATCH, Settings())
-        run = [m for k, coin in enumerate(coins) for m in ([new[k]] if coin else old[2 * k : 2 * k + 2])]
+        run = [m for k, coin in enumerate(drawn) for m in ([new[k]] if coin else old[2 * k : 2 * k + 2])]
         state = predecessor.start(BATCH)
         hidden = state["hidden"]
         for layer in run:
-            from gradalign.multiexit.text import backbones  # noqa: PLC0415
-
             hidden = backbones.run(layer, hidden, state["mask"])
         expected = predecessor.classify({**state, "hidden": hidden}, 1)
         torch.testing.assert_close(logits[0], expected)
-        seen.add(coins)
+        seen.add(drawn)
     assert len(seen) > 2
 
 
@@ -83,8 +86,7 @@ def test_a_step_without_any_successor_has_a_gradient_of_zero():
     trained = theseus.successors(model)
     for parameter in trained:
         parameter.requires_grad_(True)
-    seed = next(s for s in range(99) if bool((torch.manual_seed(s), torch.rand(()), torch.rand(()))[1] >= 0.3)
-                and bool((torch.manual_seed(s), torch.rand(2).min())[1] >= 0.3))  # fmt: skip
+    seed = next(seed for seed in range(99) if coins(seed).min() >= 0.3)
     torch.manual_seed(seed)
     theseus.replacing(model, BATCH, Settings()).sum().backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in trained)
