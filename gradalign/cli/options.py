@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -216,12 +217,19 @@ def device_of(options: argparse.Namespace) -> torch.device:
         raise ValueError(f"`device` must be auto, cpu or one that torch has, got {name!r}: {reason}") from error
 
 
+def check_alone(command: str) -> None:
+    """Raise ValueError where torchrun started several processes for a command that is for one."""
+    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"`torchrun` must start one process for {command}, got {ranks}; several can `train` together.")
+
+
 def method_help() -> str:
-    """Return the methods with a line each."""
+    """Return the methods with a line each, as argparse takes it."""
     lines = [f"{name}: {methods.get(name).summary}" for name in methods.names()]
-    return "; ".join(
+    text = "; ".join(
         [*lines, "kd:RULE: cross-entropy and distillation, joined by a rule; exits:RULE: one loss an exit"]
     )
+    return text.replace("%", "%%")
 
 
 def _option(name: str) -> str:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from gradalign.cli import options as settings
+from gradalign.cli.quiet import quiet
 from gradalign.cli.runs import say_interrupted
 
 _NAMES = ("table1", "table2", "table3", "table4", "table5", "table8", "figure3", "figure4", "figure5")
@@ -32,9 +33,10 @@ def _reproduce(options: argparse.Namespace) -> int:
     from gradalign.multiexit.reproduce import PIECES, Order, reproduce
     from gradalign.multiexit.training import Interrupted
 
+    settings.check_alone("reproduce")
+    if options.seeds < 1:
+        raise ValueError(f"`--seeds` must be at least 1, got {options.seeds}.")
     kind = PIECES[options.name].kind
-    if kind == "images" and options.tasks:
-        raise ValueError("`--tasks` must come without table8, which is on images; give `--data`.")
     order = Order(
         options.out,
         options.tasks or (),
@@ -44,7 +46,8 @@ def _reproduce(options: argparse.Namespace) -> int:
         settings.device_of(options),
     )
     try:
-        files = reproduce(options.name, order, training=not options.no_train)
+        with quiet(kind == "text"):
+            files = reproduce(options.name, order, training=not options.no_train)
     except Interrupted as stop:
         return say_interrupted(stop.step, "the same command")
     print(files[0].read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradalign.cli import options as settings
+from gradalign.cli.quiet import quiet
 from gradalign.cli.watching import tensorboard
 
 if TYPE_CHECKING:
@@ -64,27 +65,26 @@ def _train(options: argparse.Namespace) -> int:
     from gradalign.multiexit.training import Interrupted, train
     from gradalign.multiexit.workloads import workload_of
 
-    with processes.joined(settings.device_of(options)) as device:
-        if options.resume:
-            _check_untouched(options)
-            run = Run.open(options.resume)
-            workload = workload_of(run.config, device)
-        else:
-            method, seed = options.method or "gaml-soft", options.seed or 0
-            config = settings.config_of(options, method, seed)
-            workload = workload_of(config, device)
-            folder = options.out or Path("runs") / f"{method.replace(':', '-')}-seed{seed}"
-            if processes.rank() == 0:
-                Run.create(folder, config)
-            processes.wait()
-            run = Run(folder)
-        watching = tensorboard(run.folder / "tensorboard") if options.tensorboard else nullcontext()
+    method, seed = options.method or "gaml-soft", options.seed or 0
+    if options.resume:
+        _check_untouched(options)
+        run = Run.open(options.resume)
+        config = run.config
+    else:
+        config = settings.config_of(options, method, seed)
+        run = Run(options.out or Path("runs") / f"{method.replace(':', '-')}-seed{seed}")
+    with quiet(config.kind == "text"), processes.joined(settings.device_of(options)) as device:
+        first = processes.rank() == 0
+        workload = workload_of(config, device)
+        if not options.resume:
+            processes.on_first(lambda: Run.create(run.folder, config), device)
+        watching = tensorboard(run.folder / "tensorboard") if options.tensorboard and first else nullcontext()
         try:
             with watching as watch:
                 train(run, workload, watch)
         except Interrupted as stop:
-            return say_interrupted(stop.step, f"gradalign train --resume {run.folder}")
-        if processes.rank() == 0:
+            return say_interrupted(stop.step, f"gradalign train --resume {run.folder}") if first else INTERRUPTED
+        if first:
             _say_trained(run)
     return 0
 
@@ -105,9 +105,11 @@ def _compare(options: argparse.Namespace) -> int:
     from gradalign.multiexit.figures import plot_runs
     from gradalign.multiexit.training import Interrupted
 
+    settings.check_alone("compare")
     config = settings.config_of(options, options.methods[0], options.seeds[0])
     try:
-        rows = compare(config, options.methods, options.seeds, options.out, settings.device_of(options))
+        with quiet(config.kind == "text"):
+            rows = compare(config, options.methods, options.seeds, options.out, settings.device_of(options))
     except Interrupted as stop:
         return say_interrupted(stop.step, "the same command")
     text = table(rows)

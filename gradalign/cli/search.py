@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gradalign.cli import options as settings
+from gradalign.cli.quiet import quiet
 from gradalign.cli.runs import say_interrupted
 
 if TYPE_CHECKING:
@@ -42,16 +43,17 @@ def _search(options: argparse.Namespace) -> int:
     from gradalign.multiexit.search import PAPERS_GRID, search, trials_of
     from gradalign.multiexit.training import Interrupted
 
-    config = settings.config_of(options, options.method, options.seed)
-    if not isinstance(config, TextConfig):
-        raise ValueError("`--task` must name a GLUE task to search on, got none.")
-    grid = dict(options.grid) if options.grid else PAPERS_GRID
+    settings.check_alone("search")
+    if options.task is None:
+        raise ValueError("`--task` must name a GLUE task to search on, got none; give `--task sst-2`, say.")
+    config = cast(TextConfig, settings.config_of(options, options.method, options.seed))
+    trials = trials_of(_grid(options.grid) if options.grid else PAPERS_GRID, options.trials, options.seed)
     found = []
     try:
-        trials = trials_of(grid, options.trials, options.seed)
-        for trial in search(config, trials, options.folds, options.out, settings.device_of(options)):
-            found.append(trial)
-            print(_line(trial), flush=True)
+        with quiet(True):
+            for trial in search(config, trials, options.folds, options.out, settings.device_of(options)):
+                found.append(trial)
+                print(_line(trial), flush=True)
     except Interrupted as stop:
         return say_interrupted(stop.step, "the same command")
     text = _table(found)
@@ -60,10 +62,19 @@ def _search(options: argparse.Namespace) -> int:
     return 0
 
 
+def _grid(axes: Sequence[tuple[str, Sequence[Any]]]) -> Mapping[str, Sequence[Any]]:
+    names = [name for name, _ in axes]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"`--grid` must name each setting once, got {', '.join(twice)} again; write NAME=A,B.")
+    return dict(axes)
+
+
 def _axis(text: str) -> tuple[str, Sequence[Any]]:
-    name, _, values = text.partition("=")
+    name, equals, values = text.partition("=")
     name = name.replace("-", "_")
     try:
+        if not equals:
+            raise KeyError(name)
         kind = settings.type_of(name)
         return name, [kind(value) for value in values.split(",") if value]
     except (KeyError, ValueError) as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import distributed
+
+from gradalign.errors import GradAlignError
 
 
 def rank() -> int:
@@ -42,6 +44,22 @@ def wait() -> None:
     """Wait until all processes are here."""
     if ranks() > 1:
         distributed.barrier()
+
+
+def on_first(do: Callable[[], object], device: torch.device) -> None:
+    """Do something in the first process while the others wait; all of them must ask.
+
+    Raises:
+        GradAlignError: In the others, where it failed.
+    """
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            do()
+        except Exception as error:  # noqa: BLE001 (raised again once the others know)
+            failure = error
+    if any_rank(failure is not None, device):
+        raise failure or GradAlignError("the first process failed; it says why.")
 
 
 @contextmanager

@@ -139,6 +139,11 @@ class Run:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         return state
 
+    def drop_checkpoint(self) -> None:
+        """Remove the checkpoint of a finished run, which needs it no more and is three networks large."""
+        self.check_finished()
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+
     def save_logits(self, logits: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Write the logits of every exit, (M, N, C), and the labels, (N,), of each split."""
         tensors = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from gradalign.multiexit.configs import TextConfig
 from gradalign.multiexit.files import replace_file
 from gradalign.multiexit.objectives import check_count
 from gradalign.multiexit.runs import Run
+from gradalign.multiexit.text.workload import MODEL
 from gradalign.multiexit.training import train
 from gradalign.multiexit.workloads import workload_of
 
@@ -78,7 +80,9 @@ def search(
 ) -> Iterator[Trial]:
     """Train each setting on each fold's training rows, and yield what it came to; trials.jsonl has a row a trial.
 
-    What a folder holds already is taken as it is, or continued: so a search that was stopped goes on.
+    What a folder holds already is taken as it is, or continued: so a search that was stopped goes on. Networks and
+    checkpoints of finished runs are removed, for a search makes hundreds. With patience a fold's held-out rows choose
+    the epoch as well as judge it, alike for every setting.
 
     Args:
         config: What all runs share.
@@ -118,6 +122,8 @@ def _trained(folder: Path, config: TextConfig, device: torch.device | str) -> Ru
     run = Run(folder).prepared(config)
     if not run.finished:
         train(run, workload_of(config, device))
+    run.drop_checkpoint()
+    shutil.rmtree(folder / MODEL, ignore_errors=True)
     return run
 
 

@@ -216,8 +216,10 @@ class _Training:
         if self.config.clip is not None:
             nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.config.clip)
         self.optimizer.step()
-        values = {name: loss.item() for name, loss in losses.items()}
-        self._write_step(rate, values, None if labels.is_floating_point() else exit_accuracies(logits.detach(), labels))
+        # Weighted like the gradients: what is written is of the whole batch.
+        values = {name: float(processes.mean(loss.detach())) for name, loss in parts.items()}
+        right = None if labels.is_floating_point() else exit_accuracies(logits.detach(), labels)
+        self._write_step(rate, values, None if right is None else processes.mean(right * (share * ranks)))
         return values
 
     def _seen(self, logits: Tensor, labels: Tensor, inputs: Inputs, states: Tensor | None) -> Step:

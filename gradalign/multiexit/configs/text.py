@@ -66,6 +66,8 @@ class TextConfig(Config):
             check_count("max_train", self.max_train)
         if self.folds is not None:
             check_count("folds", self.folds)
+        if isinstance(self.fold, bool) or self.fold not in range(self.folds or 1):
+            raise ValueError(f"`fold` must be in 0..{(self.folds or 1) - 1}, one of the folds, got {self.fold!r}.")
         flag("buckets", self.buckets)
         flag("pretrained", self.pretrained)
 

@@ -39,6 +39,10 @@ def reproduce(name: str, order: Order, *, training: bool = True) -> list[Path]:
     if name not in PIECES:
         raise unknown_name("name", name, PIECES)
     piece = PIECES[name]
+    if piece.kind == "images" and order.tasks:
+        raise ValueError(f"`tasks` must be left out for {name}, which is on images, got {', '.join(order.tasks)}.")
+    if order.methods and not piece.compares:
+        raise ValueError(f"`methods` must be left out for {name}, which has its own, got {', '.join(order.methods)}.")
     needed = piece.needs(order)
     order.folder.mkdir(parents=True, exist_ok=True)
     if training:

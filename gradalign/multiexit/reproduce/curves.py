@@ -14,6 +14,9 @@ from gradalign.multiexit.runs import Run
 
 _RIGHT_ANGLE = 90.0
 _CURVES = ("joint", "fastbert", "gaml-soft")
+_TUNED = "fine-tuned to that layer"
+_Curves = Mapping[str, Sequence[Sequence[float]]]
+"""Name to scores by exit, one sequence a seed."""
 
 
 def _tasks(order: Order, papers: Sequence[str]) -> Sequence[str]:
@@ -38,32 +41,33 @@ def _figure3(order: Order, path: Path) -> list[Path]:
     rows = []
     for task in _tasks(order, ("sst-2",)):
         for method in order.methods or ("ml",):
-            runs = order.finished(_seeds(order, method, task))
-            of_seeds = [angles_of(run) for run in runs]
+            name = f"{method} on {task}"
+            found[name] = order.finished(_seeds(order, method, task))
+            of_seeds = [angles for run in found[name] if (angles := _angles(run))]
             above = [100 * statistics.fmean(angle > _RIGHT_ANGLE for angle in angles) for angles in of_seeds]
             middle = [statistics.median(angles) for angles in of_seeds]
-            name = f"{method} on {task}"
-            rows.append(
-                (
-                    name,
-                    [Cell(above, len(order.seeds), 50.0 if task == "sst-2" else None), Cell(middle, len(order.seeds))],
-                )
-            )
-            if runs:
-                found[name] = runs
+            paper = 50.0 if (method, task) == ("ml", "sst-2") else None
+            rows.append((name, [Cell(above, len(order.seeds), paper), Cell(middle, len(order.seeds))]))
     notes = (
-        "The angle between the gradients of cross-entropy and distillation at every step; the paper says of SST-2 that"
-        " about half are above 90 degrees.",
+        "The angle between the gradients of cross-entropy and distillation at every step. The paper says of mutual"
+        " learning on SST-2 that about half are above 90 degrees.",
+        "Mean ± deviation over the seeds.",
     )
     table = Table("Figure 3: angles between the gradients", ("run", "above 90°, %", "median, °"), rows, notes)
-    files = table.write(path)
-    if found:
-        figure, axes = canvas(len(found))
-        for axis, (name, runs) in zip(axes, found.items(), strict=True):
-            draw_angles(axis, name, runs)
-        figure.savefig(path.with_suffix(".png"), dpi=120)
-        files.append(path.with_suffix(".png"))
-    return files
+    figure, axes = canvas(len(found))
+    for axis, (name, runs) in zip(axes, found.items(), strict=True):
+        draw_angles(axis, name, runs)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    return [*table.write(path), path.with_suffix(".png")]
+
+
+def _angles(run: Run) -> list[float]:
+    """Return the angle at each step, or raise ValueError where the method has one loss alone."""
+    if len(next(run.metrics("step"))["groups"]) < 2:
+        raise ValueError(
+            f"`methods` must have two losses for figure3, got {run.config.method}; take ml or gaml-soft, say."
+        )
+    return angles_of(run)
 
 
 def _figure4_needs(order: Order) -> list[Config]:
@@ -78,11 +82,25 @@ def _figure4_needs(order: Order) -> list[Config]:
 def _figure4(order: Order, path: Path) -> list[Path]:
     curves: dict[str, dict[str, list[list[float]]]] = {}
     for task in _tasks(order, ("cola", "sst-2")):
-        for method in order.methods or _CURVES:
-            curves.setdefault(task, {})[method] = [scores(run) for run in order.finished(_seeds(order, method, task))]
+        depth = order.depth(task)
+        curves[task] = {
+            method: [_of_every_exit(run, depth) for run in order.finished(_seeds(order, method, task))]
+            for method in order.methods or _CURVES
+        }
         single = [scores(run)[-1:] for run in order.finished(_seeds(order, "single", task))]
-        curves[task]["single, last exit"] = [score * order.depth(task) for score in single]
-    return _depths(order, path, "Figure 4: score by depth, budgeted exiting", curves)
+        curves[task]["single, last exit"] = [score * depth for score in single]
+    cells = {task: {name: list(zip(*of, strict=True)) for name, of in named.items()} for task, named in curves.items()}
+    return _depths(order, path, "Figure 4: score by depth, budgeted exiting", cells, curves)
+
+
+def _of_every_exit(run: Run, depth: int) -> list[float]:
+    found = scores(run)
+    if len(found) != depth:
+        raise ValueError(
+            f"`methods` must keep an exit after each of {depth} layers for figure4, got {run.config.method}, which"
+            f" ends with {len(found)}; leave it out."
+        )
+    return found
 
 
 def _figure5_needs(order: Order) -> list[Config]:
@@ -102,16 +120,16 @@ def _alone(order: Order, task: str, exit: int) -> list[Config]:
 
 
 def _figure5(order: Order, path: Path) -> list[Path]:
-    curves: dict[str, dict[str, list[list[float]]]] = {}
+    cells, curves = {}, {}
     for task in _tasks(order, ("cola", "sst-2")):
-        depth = order.depth(task)
-        columns = []
-        for exit in range(1, depth + 1):
-            found = {run.config.seed: scores(run)[exit - 1] for run in order.finished(_alone(order, task, exit))}
-            columns.append(found)
-        whole = set(order.seeds).intersection(*columns)
-        curves[task] = {"fine-tuned to that layer": [[column[seed] for column in columns] for seed in sorted(whole)]}
-    return _depths(order, path, "Figure 5: networks fine-tuned to a layer alone", curves)
+        columns = [
+            {run.config.seed: scores(run)[exit - 1] for run in order.finished(_alone(order, task, exit))}
+            for exit in range(1, order.depth(task) + 1)
+        ]
+        whole = [seed for seed in order.seeds if all(seed in column for column in columns)]
+        cells[task] = {_TUNED: [list(column.values()) for column in columns]}
+        curves[task] = {_TUNED: [[column[seed] for column in columns] for seed in whole]}
+    return _depths(order, path, "Figure 5: networks fine-tuned to a layer alone", cells, curves)
 
 
 def scores(run: Run) -> list[float]:
@@ -121,18 +139,22 @@ def scores(run: Run) -> list[float]:
 
 
 def _depths(
-    order: Order, path: Path, title: str, curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
+    order: Order,
+    path: Path,
+    title: str,
+    cells: Mapping[str, _Curves],
+    curves: Mapping[str, _Curves],
 ) -> list[Path]:
-    depth = max(order.depth(task) for task in curves)
-    rows = []
-    for task, of_task in curves.items():
-        for name, of_name in of_task.items():
-            by_exit = list(zip(*of_name, strict=True)) or [()] * depth
-            rows.append((f"{task}, {name}", [Cell(values, len(order.seeds)) for values in by_exit]))
+    """Write the scores by exit, one value a seed, of each name on each task, and draw the seeds' whole curves."""
+    depth = order.depth(next(iter(cells)))
+    rows = [
+        (f"{task}, {name}", [Cell(values, len(order.seeds)) for values in by_exit or [()] * depth])
+        for task, of_task in cells.items()
+        for name, by_exit in of_task.items()
+    ]
     columns = ("run", *(str(exit) for exit in range(1, depth + 1)))
-    table = Table(
-        title, columns, rows, ("Score of each exit on development rows, per cent; mean ± deviation over seeds.",)
-    )
+    note = "Score of each exit on development rows, per cent. Mean ± deviation over the seeds."
+    table = Table(title, columns, rows, (note,))
     figure, axes = canvas(len(curves))
     for axis, (task, of_task) in zip(axes, curves.items(), strict=True):
         draw_depths(axis, {name: of_name for name, of_name in of_task.items() if of_name}, task)
@@ -142,4 +164,4 @@ def _depths(
 
 FIGURE3 = Piece("angles between the gradients at every step", _figure3_needs, _figure3)
 FIGURE4 = Piece("score by depth, budgeted exiting", _figure4_needs, _figure4)
-FIGURE5 = Piece("networks fine-tuned to a layer alone: over-thinking", _figure5_needs, _figure5)
+FIGURE5 = Piece("networks fine-tuned to a layer alone: over-thinking", _figure5_needs, _figure5, compares=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,21 @@ from typing import Any
 
 import torch
 
+from gradalign import NonFiniteError
+from gradalign.errors import missing_extra
 from gradalign.multiexit.configs import Config, ImageConfig, TextConfig
 from gradalign.multiexit.runs import Run
+from gradalign.multiexit.text import glue
 from gradalign.multiexit.text.workload import num_layers
 from gradalign.multiexit.training import train
 from gradalign.multiexit.workloads import workload_of
 
-_OF_A_RUN = ("method", "seed", "task", "data")
+try:
+    from tqdm import tqdm
+except ImportError as error:
+    raise missing_extra("tqdm", "multiexit") from error
+
+_OF_A_RUN = ("method", "seed", "task")  # what a run's folder names; of the rest it has a digest
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,12 @@ class Order:
     seeds: Sequence[int] = (0,)
     settings: Mapping[str, Any] = field(default_factory=dict)
     device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(glue.task(name).name for name in self.tasks)))
+        object.__setattr__(self, "methods", tuple(dict.fromkeys(self.methods)))
+        if not self.seeds:
+            raise ValueError("`seeds` must hold one at least, got none; take 0.")
 
     def text(self, method: str, task: str, seed: int, **changed: object) -> TextConfig:
         """Return the configuration of a run on text."""
@@ -69,14 +84,20 @@ class Order:
     def train(self, configs: Sequence[Config]) -> None:
         """Train what is not finished, seed by seed, so that a stop leaves whole comparisons.
 
+        A run that diverges is told of on standard error and stays unfinished. Checkpoints of finished runs are removed.
+
         Raises:
             Interrupted: Ctrl-C; the same call goes on.
         """
         for config in sorted(configs, key=lambda config: config.seed):
             run = self.run(config)
-            if run.finished:
-                continue
-            train(run.prepared(config), workload_of(config, self.device))
+            if not run.finished:
+                try:
+                    train(run.prepared(config), workload_of(config, self.device))
+                except NonFiniteError as error:
+                    tqdm.write(f"{run.folder}: {error}", file=sys.stderr)
+                    continue
+            run.drop_checkpoint()
 
 
 @dataclass(frozen=True)
@@ -88,9 +109,11 @@ class Piece:
         needs: Names the runs that it takes.
         make: Makes of the finished ones what there is to see, and returns the files.
         kind: Of the runs: "text" or "images".
+        compares: Whether it takes ``Order.methods``.
     """
 
     summary: str
     needs: Callable[[Order], list[Config]]
     make: Callable[[Order, Path], list[Path]]
     kind: str = "text"
+    compares: bool = True

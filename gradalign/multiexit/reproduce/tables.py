@@ -20,12 +20,14 @@ class Cell:
         wanted: How many seeds were asked for.
         paper: The paper's figure, None where it has none.
         digits: After the point.
+        unit: What there is one value of each: seeds, or runs over several tasks.
     """
 
     ours: Sequence[float] = ()
     wanted: int = 1
     paper: float | None = None
     digits: int = 1
+    unit: str = "seeds"
 
     def __str__(self) -> str:
         """Return mean ± deviation over the seeds, with those that are missing, and the paper's in brackets."""
@@ -33,7 +35,7 @@ class Cell:
         if not self.ours:
             return UNFINISHED + paper
         spread = f" ± {statistics.stdev(self.ours):.{self.digits}f}" if len(self.ours) > 1 else ""
-        missing = "" if len(self.ours) == self.wanted else f" ({len(self.ours)} of {self.wanted} seeds)"
+        missing = "" if len(self.ours) == self.wanted else f" ({len(self.ours)} of {self.wanted} {self.unit})"
         return f"{statistics.fmean(self.ours):.{self.digits}f}{spread}{missing}{paper}"
 
 
@@ -63,17 +65,17 @@ class Table:
     def write(self, path: Path) -> list[Path]:
         """Write Markdown and CSV beside each other, and return the files.
 
-        The CSV has a line a cell: row, column, mean, deviation, seeds, paper.
+        The CSV has a line a cell: row, column, mean, deviation, how many values and how many were wanted, paper.
         """
         page, sheet = path.with_suffix(".md"), path.with_suffix(".csv")
         page.write_text(self.markdown(), encoding="utf-8")
         with sheet.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["row", "column", "mean", "deviation", "seeds", "paper"])
+            writer.writerow(["row", "column", "mean", "deviation", "finished", "wanted", "paper"])
             for name, cells in self.rows:
                 for column, cell in zip(self.columns[1:], cells, strict=True):
                     mean = statistics.fmean(cell.ours) if cell.ours else ""
                     deviation = statistics.stdev(cell.ours) if len(cell.ours) > 1 else ""
                     paper = "" if cell.paper is None else cell.paper
-                    writer.writerow([name, column, mean, deviation, len(cell.ours), paper])
+                    writer.writerow([name, column, mean, deviation, len(cell.ours), cell.wanted, paper])
         return [page, sheet]

@@ -8,10 +8,11 @@ from pathlib import Path
 from gradalign.multiexit.configs import Config
 from gradalign.multiexit.reproduce import published
 from gradalign.multiexit.reproduce.drawing import draw_table
-from gradalign.multiexit.reproduce.judged import WANTED, Judged, judged, policy_of
+from gradalign.multiexit.reproduce.judged import FULL, TIMED_ROWS, WANTED, Judged, judged, policy_of
 from gradalign.multiexit.reproduce.orders import Order, Piece
 from gradalign.multiexit.reproduce.tables import Cell, Table
 from gradalign.multiexit.runs import Run
+from gradalign.multiexit.text import glue
 
 _ALPHAS = (0.1, 0.3, 0.5, 0.8)
 _PAIR_SETTINGS: Mapping[str, tuple[str, str]] = {  # as the paper's columns go, for either exit of the pair
@@ -21,28 +22,45 @@ _PAIR_SETTINGS: Mapping[str, tuple[str, str]] = {  # as the paper's columns go, 
     "mutually": ("pml-mutual", "pml-mutual"),
 }
 _STRATEGIES = tuple(published.TABLE5)
-_SPEEDS = ("layers x", "MACs x", "seconds x")
-_MEANS = "Mean ± deviation over the seeds; the paper's figure, of 12 layers, in brackets."
+SPEEDS = ("layers x", "MACs x", "seconds x")
+_MEANS = "Mean ± deviation over the seeds; in brackets the paper's figure, of BERT-base with its 12 layers on all rows."
 _SCORES = f"Scores on development rows, per cent. {_MEANS}"
-_HOW = (
-    f"A policy's setting is the one whose speed-up in layers is nearest {WANTED} on held-out rows; the speed-ups are"
-    " those on development rows, seconds row by row."
+
+
+_EACH_ITS_POLICY = (
+    "Rows leave by patience; deebert's by entropy, shallow-deep's by the largest probability; those of single and of"
+    " networks with one exit at the last."
 )
 
 
-def speed_cells(rows: Sequence[Judged], wanted: int, paper: float | None = None) -> list[Cell]:
+def how(wanted: float, policies: str = _EACH_ITS_POLICY) -> str:
+    """Return what is to be said of speed-ups."""
+    return (
+        f"{policies} A policy's setting is the one whose speed-up in layers is nearest"
+        f" {wanted} on held-out rows, and patience has few settings. Speed-ups are over the network that training began"
+        f" with, all its layers run, on the rows of the scores; seconds row by row on the first {TIMED_ROWS}, without"
+        " tokenisation."
+    )
+
+
+def speed_cells(rows: Sequence[Judged], wanted: int, paper: float | None = None, unit: str = "seeds") -> list[Cell]:
     """Return the speed-ups in layers, multiply-accumulates and seconds."""
-    timed = [row.seconds for row in rows if row.seconds is not None]
     return [
-        Cell([row.layers for row in rows], wanted, paper, digits=2),
-        Cell([row.macs for row in rows], wanted, digits=2),
-        Cell(timed, wanted, digits=2),
+        Cell([row.layers for row in rows], wanted, paper, 2, unit),
+        Cell([row.macs for row in rows], wanted, None, 2, unit),
+        Cell([row.seconds for row in rows], wanted, None, 2, unit),
     ]
 
 
-def judge(order: Order, configs: Sequence[Config], policy: str) -> list[Judged]:
+def judge(order: Order, configs: Sequence[Config], policy: str, wanted: float = WANTED) -> list[Judged]:
     """Return what the finished runs are worth."""
-    return [judged(run, policy, order.device) for run in order.finished(configs)]
+    return [judged(run, policy, order.device, wanted) for run in order.finished(configs)]
+
+
+def _policy_of(method: str, task: str) -> str:
+    """Return the name of a method's policy on a task; in regression, where exits have no entropy, patience."""
+    policy = policy_of(method)
+    return policy if policy == FULL or glue.task(task).labels else "patience"
 
 
 def _seeds(order: Order, method: str, task: str, **changed: object) -> list[Config]:
@@ -54,10 +72,16 @@ def _scores_at(runs: Sequence[Run], exit: int) -> list[float]:
     return [100 * run.result[f"test_{run.result['main']}"][exit] for run in runs]
 
 
-def _pairs(order: Order, task: str) -> list[int]:
-    """Return the early exits: the first, and the one in the middle, of as many as the network has."""
+def _pairs(order: Order, task: str) -> dict[int, int]:
+    """Return the early exits, the first and the one in the middle, and which of the paper's twelve each stands for.
+
+    Raises:
+        ValueError: There is no exit before the last.
+    """
     depth = order.depth(task)
-    return [1, depth // 2]
+    if depth < 2:
+        raise ValueError(f"`backbone` must have two layers at least for a pair of exits, got {depth}.")
+    return {1: 1} if depth // 2 == 1 else {1: 1, depth // 2: 6}
 
 
 def _table1_needs(order: Order) -> list[Config]:
@@ -74,7 +98,7 @@ def _table1_needs(order: Order) -> list[Config]:
 def _table1(order: Order, path: Path) -> list[Path]:
     rows = []
     for task in order.tasks or ("sst-2", "cola"):
-        for early, of_12 in zip(_pairs(order, task), (1, 6), strict=True):
+        for early, of_12 in _pairs(order, task).items():
             for which, exit in ((0, early - 1), (1, -1)):
                 papers = published.TABLE1.get((task, of_12, ("early", "last")[which]), (None,) * len(_PAIR_SETTINGS))
                 cells = []
@@ -85,7 +109,8 @@ def _table1(order: Order, path: Path) -> list[Path]:
                     cells.append(Cell(_scores_at(runs, exit), len(order.seeds), paper))
                 last = order.depth(task)
                 rows.append((f"{task}, exits {early} and {last}: exit {early if which == 0 else last}", cells))
-    table = Table("Table 1: learning between a pair of exits", ("exit", *_PAIR_SETTINGS), rows, (_SCORES,))
+    notes = (_SCORES, "The paper's pairs are exits 1 and 12, and 6 and 12; they stand beside ours in that order.")
+    table = Table("Table 1: learning between a pair of exits", ("exit", *_PAIR_SETTINGS), rows, notes)
     return [*table.write(path), draw_table(table, list(_PAIR_SETTINGS), path)]
 
 
@@ -110,12 +135,12 @@ def _table2(order: Order, path: Path) -> list[Path]:
     tasks, rows = _table2_tasks(order), []
     for method in _table2_methods(order):
         speed_up, papers = published.TABLE2.get(method, (None, {}))
-        policy = "full" if method == "single" else policy_of(method)
-        of_tasks = {task: judge(order, _seeds(order, method, task), policy) for task in tasks}
+        of_tasks = {task: judge(order, _seeds(order, method, task), _policy_of(method, task)) for task in tasks}
         cells = [Cell([row.score for row in of_tasks[task]], len(order.seeds), papers.get(task)) for task in tasks]
         every = [row for of_task in of_tasks.values() for row in of_task]
-        rows.append((method, [*cells, *speed_cells(every, len(order.seeds) * len(tasks), speed_up)]))
-    table = Table("Table 2: dynamic exiting", ("method", *tasks, *_SPEEDS), rows, (_SCORES, _HOW))
+        rows.append((method, [*cells, *speed_cells(every, len(order.seeds) * len(tasks), speed_up, "runs")]))
+    notes = (_SCORES, f"{how(WANTED)} They are means over all runs of a row, tasks and seeds.")
+    table = Table("Table 2: dynamic exiting", ("method", *tasks, *SPEEDS), rows, notes)
     return [*table.write(path), draw_table(table, tasks, path)]
 
 
@@ -136,11 +161,11 @@ def _table3(order: Order, path: Path) -> list[Path]:
         for alpha in _ALPHAS:
             cells = []
             for method in methods:
-                scored = judge(order, _seeds(order, method, task, alpha=alpha), policy_of(method))
+                scored = judge(order, _seeds(order, method, task, alpha=alpha), _policy_of(method, task))
                 paper = published.TABLE3.get((method, alpha)) if task == "cola" else None
                 cells.append(Cell([row.score for row in scored], len(order.seeds), paper))
             rows.append((f"{task}, alpha {alpha}", cells))
-    table = Table("Table 3: the weight of the distillation", ("task", *methods), rows, (_SCORES, _HOW))
+    table = Table("Table 3: the weight of the distillation", ("task", *methods), rows, (_SCORES, how(WANTED)))
     return [*table.write(path), draw_table(table, methods, path)]
 
 
@@ -164,12 +189,19 @@ def _table4(order: Order, path: Path) -> list[Path]:
             seconds.append(Cell([result["seconds"] for result in results], len(order.seeds), digits=0))
         rows.append((method, [*steps, *seconds]))
     columns = ("method", *(f"{task} steps" for task in tasks), *(f"{task} seconds" for task in tasks))
-    notes = ("Optimizer steps and seconds until training stopped, all stages together.", _MEANS)
+    config = order.text("joint", tasks[0], order.seeds[0])
+    stops = f"after {config.patience} epochs without a better score, {config.epochs} epochs at most"
+    if config.patience is None or config.epochs <= config.patience:
+        stops += "; with these it never stopped early: give more --epochs or a smaller --patience"
+    notes = (f"Optimizer steps and seconds until training stopped, all stages together: {stops}.", _MEANS)
     table = Table("Table 4: cost of training", columns, rows, notes)
     return [*table.write(path), draw_table(table, columns[1:], path)]
 
 
 def _table5_needs(order: Order) -> list[Config]:
+    for task in order.tasks:
+        if not glue.task(task).labels:
+            raise ValueError(f"`tasks` must have classes for table5, got {task}, a regression; leave it out.")
     methods = dict.fromkeys(method for _, method in _STRATEGIES)
     return [
         config
@@ -186,14 +218,15 @@ def _table5(order: Order, path: Path) -> list[Path]:
         of_tasks = {task: judge(order, _seeds(order, method, task), policy) for task in tasks}
         cells = [Cell([row.score for row in of_tasks[task]], len(order.seeds), papers.get(task)) for task in tasks]
         every = [row for of_task in of_tasks.values() for row in of_task]
-        speeds = speed_cells(every, len(order.seeds) * len(tasks), speed_up)
+        speeds = speed_cells(every, len(order.seeds) * len(tasks), speed_up, "runs")
         rows.append((f"{policy}, {method}", [*cells, *speeds]))
-    table = Table("Table 5: other exit policies", ("policy, method", *tasks, *_SPEEDS), rows, (_SCORES, _HOW))
+    notes = (_SCORES, how(WANTED, "Rows leave by the policy that a line names."))
+    table = Table("Table 5: other exit policies", ("policy, method", *tasks, *SPEEDS), rows, notes)
     return [*table.write(path), draw_table(table, tasks, path)]
 
 
-TABLE1 = Piece("a pair of exits that learn from each other", _table1_needs, _table1)
+TABLE1 = Piece("a pair of exits that learn from each other", _table1_needs, _table1, compares=False)
 TABLE2 = Piece("methods under dynamic exiting", _table2_needs, _table2)
 TABLE3 = Piece("the weight of the distillation, with and without alignment", _table3_needs, _table3)
 TABLE4 = Piece("steps and seconds until training stops", _table4_needs, _table4)
-TABLE5 = Piece("other exit policies", _table5_needs, _table5)
+TABLE5 = Piece("other exit policies", _table5_needs, _table5, compares=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class TextWorkload(Workload):
         self.main = self.task.main
         part = {} if config.folds is None else {"folds": config.folds, "fold": config.fold}
         data = glue.load(config.task, config.data_dir, max_train=config.max_train, **part)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.backbone)
+        self.tokenizer = _tokenizer(config.backbone)
         self.train, self.held_out, self.test = (
             encode(split, self.tokenizer, config.max_length) for split in (data.train, data.held_out, data.dev)
         )
@@ -155,6 +155,7 @@ class TextWorkload(Workload):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the network and its tokenizer to a folder model."""
         new = folder / (MODEL + ".new")
+        shutil.rmtree(new, ignore_errors=True)  # a stop may have left a part
         cast(MultiExitEncoder, model).save_pretrained(new)
         self.tokenizer.save_pretrained(new)
         shutil.rmtree(folder / MODEL, ignore_errors=True)
@@ -171,6 +172,17 @@ class TextWorkload(Workload):
     def _inputs(self, split: Encoded, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         inputs = collate(split, rows)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}, split.labels[rows].to(self.device)
+
+
+def _tokenizer(backbone: str) -> Any:  # noqa: ANN401 (of transformers)
+    try:
+        return AutoTokenizer.from_pretrained(backbone)
+    except (OSError, ValueError) as error:  # several lines, of which the first says what is wrong
+        reason = str(error).strip().splitlines()[0].rstrip(".:, ")
+        raise ValueError(
+            f"`backbone` must be a folder with an encoder and its tokenizer, or such a name on the hub, got"
+            f" {backbone!r}: {reason}."
+        ) from error
 
 
 def num_layers(config: TextConfig) -> int:
