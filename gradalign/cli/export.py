@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from gradalign.cli import options as settings
+from gradalign.cli.quiet import quiet
 
 _POLICIES = ("patience", "entropy", "max-probability")
 
@@ -26,7 +27,7 @@ def _export(options: argparse.Namespace) -> int:
     from gradalign.multiexit import policies
     from gradalign.multiexit.configs import TextConfig
     from gradalign.multiexit.evaluation import outcome_of
-    from gradalign.multiexit.reproduce.judged import POLICIES
+    from gradalign.multiexit.reproduce.judged import kind_of
     from gradalign.multiexit.runs import Run
     from gradalign.multiexit.text.encoder import MultiExitEncoder
     from gradalign.multiexit.text.workload import MODEL
@@ -38,10 +39,12 @@ def _export(options: argparse.Namespace) -> int:
     run.check_finished()
     if options.out.exists():
         raise FileExistsError(f"`--out` must be a folder that is not there yet, got {str(options.out)!r}.")
-    policy = policies.calibrate(POLICIES[options.policy], run.logits("held_out")[0], options.speed_up)
-    model = MultiExitEncoder.from_pretrained(run.folder / MODEL)
-    model.config.policy = policies.to_dict(policy)
-    model.save_pretrained(options.out)
+    held_out, _ = run.logits("held_out")
+    policy = policies.calibrate(kind_of(options.policy, held_out.shape[-1]), held_out, options.speed_up)
+    with quiet(True):
+        model = MultiExitEncoder.from_pretrained(run.folder / MODEL)
+        model.config.policy = policies.to_dict(policy)
+        model.save_pretrained(options.out)
     model.tokenizer.save_pretrained(options.out)
     outcome = outcome_of(policy, run.logits("test"), run.result["costs"], judge_of(run.config))
     print(f"{options.out}: {policy}")

@@ -77,7 +77,7 @@ def judged(run: Run, policy: str, device: torch.device | str, wanted: float = WA
     path = run.folder / f"judged-{FULL if full else f'{policy}-{wanted}'}.json"
     if path.is_file():
         return Judged(**read_json(path))
-    kind = policies.Budget(M) if full else _kind(policy, C)
+    kind = policies.Budget(M) if full else kind_of(policy, C)
     outcome = at_speed_up(
         kind, run.logits("held_out")[0], test, 1.0 if full else min(wanted, M), result["costs"], judge_of(run.config)
     )
@@ -95,11 +95,16 @@ def judged(run: Run, policy: str, device: torch.device | str, wanted: float = WA
     return found
 
 
-def _kind(policy: str, classes: int) -> Policy:
+def kind_of(policy: str, classes: int) -> Policy:
+    """Return the policy of this name, yet to be set, for so many classes; 1 is regression.
+
+    Raises:
+        ValueError: The policy needs classes, and there is one output alone.
+    """
     if classes > 1:
         return POLICIES[policy]
     if policy != "patience":
-        raise ValueError(f"`tasks` must have classes for the policy {policy}, got a regression; leave it out.")
+        raise ValueError(f"The policy {policy} must have classes to choose among, got a regression; take patience.")
     return policies.Patience(1, tolerance=_TOLERANCE)
 
 
