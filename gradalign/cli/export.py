@@ -40,7 +40,9 @@ def _export(options: argparse.Namespace) -> int:
     if options.out.exists():
         raise FileExistsError(f"`--out` must be a folder that is not there yet, got {str(options.out)!r}.")
     held_out, _ = run.logits("held_out")
-    policy = policies.calibrate(kind_of(options.policy, held_out.shape[-1]), held_out, options.speed_up)
+    policy: policies.Policy = policies.Budget(1)  # of a network with one exit
+    if len(held_out) > 1:
+        policy = policies.calibrate(kind_of(options.policy, held_out.shape[-1]), held_out, options.speed_up)
     with quiet(True):
         model = MultiExitEncoder.from_pretrained(run.folder / MODEL)
         model.config.policy = policies.to_dict(policy)

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and leave with status 2."""
-        self.exit(2, f"gradalign: {message}; see {self.prog} --help\n")
+        self.exit(2, f"gradalign: {message.rstrip('.')}; see {self.prog} --help\n")
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"

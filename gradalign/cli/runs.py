@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gradalign.cli import options as settings
 from gradalign.cli.quiet import quiet
-from gradalign.cli.watching import tensorboard
+from gradalign.cli.watching import require_tensorboard, tensorboard
 
 if TYPE_CHECKING:
     from gradalign.multiexit.runs import Run
@@ -65,6 +65,8 @@ def _train(options: argparse.Namespace) -> int:
     from gradalign.multiexit.training import Interrupted, train
     from gradalign.multiexit.workloads import workload_of
 
+    if options.tensorboard:
+        require_tensorboard()
     method, seed = options.method or "gaml-soft", options.seed or 0
     if options.resume:
         _check_untouched(options)

@@ -72,14 +72,14 @@ def _grid(axes: Sequence[tuple[str, Sequence[Any]]]) -> Mapping[str, Sequence[An
 def _axis(text: str) -> tuple[str, Sequence[Any]]:
     name, equals, values = text.partition("=")
     name = name.replace("-", "_")
-    try:
-        if not equals:
-            raise KeyError(name)
-        kind = settings.type_of(name)
-        return name, [kind(value) for value in values.split(",") if value]
-    except (KeyError, ValueError) as error:
+    if not equals or name not in settings.searchable():
         known = ", ".join(settings.searchable())
-        raise argparse.ArgumentTypeError(f"must be NAME=A,B with a name of {known}, got {text!r}") from error
+        raise argparse.ArgumentTypeError(f"must be NAME=A,B with a name of {known}, got {text!r}")
+    kind = settings.type_of(name)
+    try:
+        return name, [kind(value) for value in values.split(",") if value]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must hold values of {name} after the =, got {text!r}") from error
 
 
 def _line(trial: Trial) -> str:

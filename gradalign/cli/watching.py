@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from gradalign.multiexit.training import Watch
 
 
+def require_tensorboard() -> None:
+    """Raise MissingExtraError where tensorboard is not installed."""
+    import gradalign.integrations.tensorboard  # noqa: F401
+
+
 @contextmanager
 def tensorboard(folder: Path) -> Iterator[Watch]:
     """Yield what writes a run's losses, learning rate, scores and alignment into a folder for TensorBoard.
@@ -22,9 +27,7 @@ def tensorboard(folder: Path) -> Iterator[Watch]:
     Raises:
         MissingExtraError: tensorboard is not installed.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
-    from gradalign.integrations.tensorboard import log_report  # first: it says which extra is missing
+    from gradalign.integrations.tensorboard import SummaryWriter, log_report
 
     with SummaryWriter(str(folder)) as writer:
 

@@ -13,6 +13,8 @@ try:
 except ImportError as error:
     raise missing_extra("tensorboard", "tensorboard") from error
 
+__all__ = ["SummaryWriter", "log_report"]
+
 _FIVE_DEGREES = list(range(0, 181, 5))
 
 

@@ -29,6 +29,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """Name what is imported only when it is asked for, too."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (what a module holds)
     """Import what needs transformers when it is asked for."""
     if name in ("MultiExitConfig", "MultiExitEncoder"):

@@ -229,7 +229,6 @@ class _Training:
             logits,
             labels,
             self.config.settings,
-            progress=self.step / self.steps,
             number=self.step,
             epoch=self.step // an_epoch + 1,
             epochs=self.steps // an_epoch,

@@ -19,7 +19,6 @@ from gradalign.multiexit.configs import Config, ImageConfig, TextConfig
 from gradalign.multiexit.inference import Inputs
 
 SplitName = Literal["held_out", "test"]
-Blocks = str | list[list[nn.Parameter]]
 
 
 class Workload(ABC):

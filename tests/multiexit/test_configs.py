@@ -73,3 +73,12 @@ def test_every_setting_is_documented():
     for kind in (ImageConfig, TextConfig):
         said = "".join(base.__doc__ or "" for base in kind.__mro__)
         assert [field.name for field in fields(kind) if f"{field.name}: " not in said] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "exit"),
+    [("fastbert", "fastbert"), ("fastbert-ga", "fastbert"), ("deebert", "deebert"), ("ml", "pooler")],
+)
+def test_exits_are_of_the_methods_own_kind_unless_said(method, exit):
+    assert TextConfig(task="rte", backbone="some", method=method).exit == exit
+    assert TextConfig(task="rte", backbone="some", method=method, exit="mean").exit == "mean"

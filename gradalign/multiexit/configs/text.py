@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from gradalign.errors import flag, unknown_name
+from gradalign.multiexit import methods
 from gradalign.multiexit.configs.base import Config
 from gradalign.multiexit.objectives import check_count
 from gradalign.multiexit.text import glue
@@ -22,7 +23,7 @@ class TextConfig(Config):
         data_dir: The folder that holds the tasks' folders; None takes them from the hub.
         backbone: Name or path of the encoder.
         pretrained: Take the encoder's weights; False takes its configuration alone and draws new ones.
-        exit: Kind of the exits, as ``MultiExitEncoder`` takes it.
+        exit: Kind of the exits, as ``MultiExitEncoder`` takes it; None becomes the method's own.
         max_length: Longest sequence, tokens; what is longer is cut.
         max_train: How many training rows to take, a fixed random part; None takes all.
         buckets: Put rows of like length in a batch.
@@ -40,7 +41,7 @@ class TextConfig(Config):
     backbone: str
     data_dir: str | None = None
     pretrained: bool = True
-    exit: str = "pooler"
+    exit: str | None = None
     max_length: int = 128
     max_train: int | None = None
     buckets: bool = True
@@ -59,6 +60,8 @@ class TextConfig(Config):
         """Raise TypeError or ValueError at the first setting that makes no sense."""
         super().check()
         object.__setattr__(self, "task", glue.task(self.task).name)
+        if self.exit is None:
+            object.__setattr__(self, "exit", methods.get(self.method).exit)
         if self.exit not in EXITS:
             raise unknown_name("exit", self.exit, EXITS)
         check_count("max_length", self.max_length)

@@ -46,5 +46,5 @@ def get(name: str) -> Method:
     if ":" in name:
         return of_rule(name)
     if name not in _TABLE:
-        raise unknown_name("method", name, names())
+        raise unknown_name("method", name, [*names(), "kd:RULE", "exits:RULE"])
     return _TABLE[name]

@@ -66,7 +66,6 @@ class Step:
         logits: What the stage's ``forward`` gave: (M, B, C), floating, or fewer exits where it runs fewer.
         labels: (B,), integer; floating for regression.
         settings: What the method leaves open.
-        progress: Share of the stage's steps that are done, in [0, 1).
         number: How many steps of the stage are done.
         epoch: Of the stage, counted from 1.
         epochs: How many the stage has.
@@ -81,7 +80,6 @@ class Step:
     logits: Tensor
     labels: Tensor
     settings: Settings = Settings()
-    progress: float = 0.0
     number: int = 0
     epoch: int = 1
     epochs: int = 1
@@ -180,6 +178,7 @@ class Method:
         defaults: What the settings are unless the user says otherwise.
         finish: Makes the network that is kept of the one that was trained; it may look at the run's rows.
         kinds: What it can be used on: "images", "text".
+        exit: The kind of an encoder's exits unless the user says otherwise, a key of ``text.heads.KINDS``.
     """
 
     name: str
@@ -188,3 +187,4 @@ class Method:
     defaults: Settings = Settings()
     finish: Callable[[nn.Module, Judged], nn.Module] = untouched
     kinds: tuple[str, ...] = ("images", "text")
+    exit: str = "pooler"

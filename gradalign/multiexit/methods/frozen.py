@@ -42,11 +42,13 @@ METHODS = (
             BACKBONE,
             Stage(self_distillation, lambda settings: Sum(), internal_heads, epochs=2.0, learning_rate=10.0),
         ),
+        exit="fastbert",
     ),
     Method(
         "deebert",
         "the last exit first, then the others' cross-entropy on the frozen network",
         (BACKBONE, Stage(internal_losses, lambda settings: Sum(), internal_heads)),
+        exit="deebert",
     ),
     Method(
         "shallow-deep-frozen",

@@ -50,9 +50,8 @@ def late_learns(step: Step) -> dict[str, Tensor]:
 
 
 def both_learn(step: Step) -> dict[str, Tensor]:
-    """Return the joint loss, and as ``kd`` what the two teach each other."""
-    settings = step.settings
-    return joint(step) | {"kd": mutual_distillation(step.logits, settings.temperature, settings.reduction)}
+    """Return the joint loss, and as ``kd`` what the two teach each other: the sum, whatever ``reduction`` says."""
+    return joint(step) | {"kd": mutual_distillation(step.logits, step.settings.temperature, "sum")}
 
 
 def _taught(student: Tensor, teacher: Tensor, step: Step) -> Tensor:

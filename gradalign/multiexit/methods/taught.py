@@ -60,6 +60,7 @@ METHODS = (
         "fastbert-ga",
         "cross-entropy of all exits (Eq. 1), distillation from the last exit aligned by GA-soft",
         (Stage(taught_by_last, lambda settings: GASoft(settings.alpha, settings.clamp, anchor="ce")),),
+        exit="fastbert",
     ),
     Method(
         "dbt",

@@ -77,6 +77,12 @@ def family_of(config: PretrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
+def longest(config: PretrainedConfig) -> int:
+    """Return how many tokens a row may have; RoBERTa counts positions from after that of its padding."""
+    positions = int(config.max_position_embeddings)
+    return positions - int(config.pad_token_id) - 1 if config.model_type == "roberta" else positions
+
+
 def make(config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
     """Return a new encoder without pooler."""
     check_attention(attention)

@@ -168,13 +168,26 @@ class MultiExitEncoder(PreTrainedModel):
                 where it is left out; token_type_ids (B, L); or inputs_embeds (B, L, width) for input_ids.
 
         Raises:
-            ValueError: There are neither ids nor embeddings, a row begins with padding, or a name is unknown.
+            TypeError: ``batch`` is no mapping of names to tensors.
+            ValueError: There are neither ids nor embeddings, a row begins with padding or is too long, or a name is
+                unknown.
         """
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"`batch` must be what a tokenizer returns, tensors by name, got {type(batch).__name__}; write"
+                ' tokenizer(texts, padding=True, return_tensors="pt").'
+            )
         known = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
         odd = sorted(set(batch) - set(known))
         if odd:
             raise ValueError(f"`batch` must hold what a tokenizer gives, {', '.join(known)}, got {', '.join(odd)}.")
         inputs = {name: tensor for name, tensor in batch.items() if tensor is not None}
+        listed = [name for name, tensor in inputs.items() if not isinstance(tensor, Tensor)]
+        if listed:
+            raise TypeError(
+                f"`batch` must hold tensors, got {type(inputs[listed[0]]).__name__} for {listed[0]}; give the tokenizer"
+                ' return_tensors="pt".'
+            )
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if tokens is None:
             raise ValueError(
@@ -188,6 +201,12 @@ class MultiExitEncoder(PreTrainedModel):
                 ' padding_side="right".'
             )
         length = _longest(mask)
+        limit = backbones.longest(self.backbone.config)
+        if length > limit and "position_ids" not in inputs:
+            raise ValueError(
+                f"`batch` must have rows of at most {limit} tokens, got {length}; give the tokenizer truncation=True"
+                f" and max_length={limit}."
+            )
         inputs = {name: tensor[:, :length] for name, tensor in inputs.items()}
         hidden = backbones.embed(self.backbone, inputs)
         state = {"hidden": hidden, "mask": mask[:, :length]}

@@ -17,7 +17,7 @@ from torch.optim import AdamW, Optimizer
 from gradalign.errors import missing_extra
 from gradalign.multiexit.configs import TextConfig
 from gradalign.multiexit.inference import evaluating
-from gradalign.multiexit.text import glue, scores
+from gradalign.multiexit.text import backbones, glue, scores
 from gradalign.multiexit.text.batches import Encoded, collate, encode, epoch_order, in_order
 from gradalign.multiexit.text.encoder import MultiExitEncoder
 from gradalign.multiexit.workloads import SplitName, Workload, generator
@@ -45,12 +45,19 @@ class TextWorkload(Workload):
         self.device = device
         self.task = glue.task(config.task)
         self.main = self.task.main
+        self.exit = str(config.exit)  # the method's own where none was given
         part = {} if config.folds is None else {"folds": config.folds, "fold": config.fold}
         data = glue.load(config.task, config.data_dir, max_train=config.max_train, **part)
         self.tokenizer = _tokenizer(config.backbone)
         self.train, self.held_out, self.test = (
             encode(split, self.tokenizer, config.max_length) for split in (data.train, data.held_out, data.dev)
         )
+        longest = max(int(rows.lengths.max()) for rows in (self.train, self.held_out, self.test))
+        limit = backbones.longest(AutoConfig.from_pretrained(config.backbone))
+        if longest > limit:
+            raise ValueError(
+                f"`max_length` must be at most {limit}, what the backbone takes, got rows of {longest} tokens."
+            )
         self.steps_an_epoch = -(-len(self.train) // config.batch_size)
         self._order: tuple[int, list[Tensor]] = (-1, [])
 
@@ -61,11 +68,11 @@ class TextWorkload(Workload):
             torch.manual_seed(config.seed)
             if config.pretrained:
                 model = MultiExitEncoder.from_pretrained(
-                    config.backbone, num_labels=self.task.num_classes, exit=config.exit
+                    config.backbone, num_labels=self.task.num_classes, exit=self.exit, dtype=torch.float32
                 )
             else:
                 backbone = AutoConfig.from_pretrained(config.backbone)
-                model = MultiExitEncoder.from_config(backbone, num_labels=self.task.num_classes, exit=config.exit)
+                model = MultiExitEncoder.from_config(backbone, num_labels=self.task.num_classes, exit=self.exit)
         if self.task.labels:
             model.config.id2label = dict(enumerate(self.task.labels))
             model.config.label2id = {label: number for number, label in enumerate(self.task.labels)}
@@ -136,9 +143,7 @@ class TextWorkload(Workload):
         """Return the layers of the backbone, and the mean multiply-accumulates of a test row with its last exit."""
         with torch.device("meta"):
             backbone = AutoConfig.from_pretrained(self.config.backbone)
-            model = MultiExitEncoder.from_config(
-                backbone, num_labels=self.task.num_classes, exit=self.config.exit, exits=[]
-            )
+            model = MultiExitEncoder.from_config(backbone, num_labels=self.task.num_classes, exit=self.exit, exits=[])
         return self.depth(model), self.costs(model)[-1]
 
     def costs(self, model: nn.Module) -> Sequence[float]:

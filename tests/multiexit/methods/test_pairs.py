@@ -59,11 +59,12 @@ def kl(teacher, student, T):
     return T**2 * F.kl_div((student / T).log_softmax(-1), (teacher.detach() / T).softmax(-1), reduction="batchmean")
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("name", PAIRS)
-def test_losses(name):
+def test_losses(name, reduction):
     logits = random_logits(2).requires_grad_()
     early, late = logits
-    losses = methods.get(name).stages[0].objective(Step(logits, LABELS, Settings(temperature=2.0, reduction="sum")))
+    losses = methods.get(name).stages[0].objective(Step(logits, LABELS, Settings(temperature=2.0, reduction=reduction)))
     assert_close(losses["ce"], F.cross_entropy(early, LABELS) + F.cross_entropy(late, LABELS))
     taught = {
         "pml-joint": None,

@@ -130,16 +130,14 @@ def test_what_a_step_tells_the_objective(digits, tmp_path, monkeypatch):
 
     def telling(self, *arguments):
         step = made(self, *arguments)
-        seen.append((step.number, step.epoch, step.epochs, step.progress, step.teacher is not None))
+        seen.append((step.number, step.epoch, step.epochs, step.teacher is not None))
         return step
 
     monkeypatch.setattr(training._Training, "_seen", telling)
     trained(tmp_path / "run", digits, epochs=2)
     stages = [(2, False), (4, True)]
     assert seen == [
-        (k, k // AN_EPOCH + 1, epochs, k / (epochs * AN_EPOCH), taught)
-        for epochs, taught in stages
-        for k in range(epochs * AN_EPOCH)
+        (k, k // AN_EPOCH + 1, epochs, taught) for epochs, taught in stages for k in range(epochs * AN_EPOCH)
     ]
 
 

@@ -224,6 +224,26 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             network().start(rows)
 
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            (torch.ones(1, 2, dtype=torch.long), r"`batch` must be what a tokenizer returns, .*, got Tensor; write"),
+            ({"input_ids": [[2, 5]]}, r'`batch` must hold tensors, got list for input_ids; .*return_tensors="pt"'),
+        ],
+    )
+    def test_what_is_no_batch(self, rows, message):
+        with pytest.raises(TypeError, match=message):
+            early_exit(network(), rows, policies.Budget(1))
+
+    @pytest.mark.parametrize(("family", "limit"), [("bert", 40), ("roberta", 38)])
+    def test_rows_that_are_too_long(self, family, limit):
+        model = network(family)
+        assert model(input_ids=torch.full((1, limit), 5)).shape == (3, 1, 2)
+        with pytest.raises(
+            ValueError, match=rf"`batch` must have rows of at most {limit} tokens, got {limit + 1}; give"
+        ):
+            model(input_ids=torch.full((1, limit + 1), 5))
+
     @pytest.mark.parametrize("exit", [0, 4])
     def test_an_exit_that_there_is_not(self, exit):
         model = network()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 from gradalign.multiexit import training
 from gradalign.multiexit.configs import TextConfig
@@ -313,3 +314,24 @@ def test_two_sentences_and_their_mean_score(small, tmp_path):
     means = [(a + f) / 2 for a, f in zip(result["test_accuracy"], result["test_f1"], strict=True)]
     assert result["test_accuracy_and_f1"] == pytest.approx(means)
     assert "token_type_ids" in work(run.config).batch(0, 0, 1)[0]
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_single(small, tmp_path):
+    source = AutoModel.from_pretrained(small.backbone).to(torch.bfloat16)
+    source.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(small.backbone).save_pretrained(tmp_path)
+    model = work(replace(small, backbone=str(tmp_path))).make_model()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    name = "embeddings.word_embeddings.weight"
+    assert torch.equal(model.backbone.get_parameter(name), source.get_parameter(name).float())
+
+
+def test_longer_rows_than_the_backbone_takes_are_refused(small, tmp_path):
+    folder = tmp_path / "SST-2"
+    folder.mkdir()
+    (folder / "train.tsv").write_text("sentence\tlabel\n" + f"{'good ' * 100}\t1\n" * 9)
+    (folder / "dev.tsv").write_text("sentence\tlabel\nbad\t0\n")
+    with pytest.raises(
+        ValueError, match=r"`max_length` must be at most \d\d, what the backbone takes, got rows of 102"
+    ):
+        work(replace(small, data_dir=str(tmp_path)))

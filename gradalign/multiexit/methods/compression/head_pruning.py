@@ -112,8 +112,9 @@ def pruned(model: nn.Module, work: Judged) -> nn.Module:
     """Mask the least important tenth of the heads a round, while the held-out score is 90 % of the first, or more."""
     gone = torch.zeros(len(projections(model)), head_count(model), dtype=torch.bool)
     a_round = max(1, int(_SHARE * gone.numel()))
-    least = _LEAST * _score(model, work)
-    while int((~gone).sum()) > a_round:
+    first = _score(model, work)
+    least = _LEAST * first
+    while first > 0 and int((~gone).sum()) > a_round:  # of a score of 0, as Matthews' of one answer, nothing can fall
         values = importance(model, work).cpu().masked_fill(gone, float("inf"))
         lowest = values.flatten().argsort(stable=True)[:a_round]
         before = _weights(model)

@@ -85,6 +85,7 @@ def masked_heads(model):
     [
         ([1.0, 0.89], 0),  # the first round is undone
         ([1.0, 0.95, 0.9, 0.91, 0.5, 1.0], 3),  # 90 % is enough; the fourth is undone and the last
+        ([0.0] * 8, 0),  # Matthews' of one answer for all rows: nothing can fall
         ([1.0] * 8, 7),  # eight heads, one a round: one is left
     ],
 )
