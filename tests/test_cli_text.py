@@ -74,21 +74,21 @@ def test_settings_reach_the_configuration(small, tmp_path):
 
 def test_a_killed_process_goes_on_bit_for_bit(small, tmp_path):
     """SIGKILL: the run goes on from its last epoch's checkpoint, with dropout."""
-    command = ["train", "--task", "sst-2", *small, "--epochs", "8", "--batch-size", "2", "--patience", "20"]
-    assert cli.main([*command, "--out", str(tmp_path / "whole")]) == 0
+    options = ["--task", "sst-2", *small, "--epochs", "8", "--batch-size", "2", "--patience", "20"]
+    train = [sys.executable, "-m", "gradalign.cli", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums of other threads have other bits
+    whole = [*train, *options, "--out", str(tmp_path / "whole")]
+    subprocess.run(whole, check=True, env=environment, capture_output=True)
     folder = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gradalign.cli", *command, "--out", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
+    killed = [*train, *options, "--out", str(folder)]
+    process = subprocess.Popen(killed, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "result.json").exists()
-    assert cli.main(["train", "--resume", str(folder)]) == 0
+    subprocess.run([*train, "--resume", str(folder)], check=True, env=environment, capture_output=True)
     for name in (f"{MODEL}/model.safetensors", "metrics.jsonl", "logits.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -284,9 +284,9 @@ def refused(rank, size, layouts):
     messages = {}
     for layout in layouts:
         shard, _, together = LAYOUTS[layout]
-        model = Net()
-        shard(model, size)
         for name, (rule, options) in WHOLE.items():
+            model = Net()
+            shard(model, size)
             optimizer = GradientAligner(torch.optim.SGD(model.parameters(), lr=0.1), rule, **options)
             losses = losses_of(model, data(0, 0, rank // together))
             probe = (lambda losses=losses: losses) if name == "probed" else None
