@@ -98,6 +98,7 @@ class Steps:
         self.pool = CollectorPool(scope, granularity, check_parameters)
         self.kept = KeptWeights(update_every)
         self._rule = rule
+        self._said = _said(rule)
         self._everything = scope == "all"
         self._global = granularity == "global"
         self._shared_only = scope == "shared"
@@ -117,9 +118,7 @@ class Steps:
             chosen: The ranks to average over. DTensors are summed over the ranks of their mesh.
             accumulating: This is a micro-batch, of which replicated ranks tell one another nothing.
         """
-        parameters = [p for group in param_groups for p in group["params"]]
-        tell = None if chosen is None or accumulating or any(map(is_sharded, parameters)) else chosen.give_up
-        with telling(None if tell is None else partial(tell, parameters[0].device)):
+        with telling(None if chosen is None or accumulating else partial(_give_up, chosen, param_groups)):
             layout = self.pool.layout(param_groups)
         if layout is not self._layout:
             if self._layout is not None:
@@ -258,7 +257,7 @@ class Steps:
     def _manner(self, conditions: Conditions) -> str:
         """Return how this step goes on, in words, which have to be the same on all ranks."""
         waiting = self.pool.current.pending if self.pool.waiting and self.pool.current is not None else 0
-        words = [f"{_said(self._rule)}, {self._kind}"]
+        words = [f"{self._said}, {self._kind}"]
         if self._shared_only:
             words.append("scope='shared'")
         if waiting:
@@ -271,6 +270,13 @@ class Steps:
 
     def _support(self, names: Sequence[str]) -> tuple[int, ...]:
         return self._rule.support(names) if isinstance(self._rule, Rule) else tuple(range(len(names)))
+
+
+def _give_up(ranks: Ranks, param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Tell the others that there is no layout here; those of sharded parameters wait in their mesh's own group."""
+    parameters = [p for group in param_groups for p in group["params"]]
+    if not any(map(is_sharded, parameters)):
+        ranks.give_up(parameters[0].device)
 
 
 def _said(rule: object) -> str:

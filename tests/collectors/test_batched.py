@@ -24,6 +24,8 @@ def assert_same_step(one, two, **tolerances):
         if p.grad is not None:
             assert_close(p.grad, q.grad, msg=lambda text, name=name: f"{name}: {text}", **tolerances)
             assert p.grad.stride() == q.grad.stride()
+    # The Gramians are float64 sums of gradients that are float32, which another order of sums rounds otherwise: held to
+    # float32's rounding, not float64's.
     assert_close(optimizer.report.gramian, reference.report.gramian, rtol=1e-4, atol=1e-8)
 
 

@@ -19,6 +19,7 @@ from gradalign.multiexit.configs import ImageConfig
 from gradalign.multiexit.images import ImageWorkload, learning_rate
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.training import Interrupted, train
+from tests.multiexit.interrupts import interrupting, same_files
 
 SMALL = ImageConfig(depth=8, exits=(1, 2), epochs=2, batch_size=64, learning_rate=0.05)
 
@@ -37,13 +38,6 @@ def trained(folder, digits, **changed):
     run = Run.create(folder, config)
     train(run, work(config, digits))
     return run
-
-
-def same_files(one, two):
-    return all(
-        (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
-        for name in ("model.safetensors", "metrics.jsonl", "logits.safetensors")
-    )
 
 
 @pytest.mark.parametrize("method", ["joint", "ml", "gaml-soft", "gaml-hard"])
@@ -148,14 +142,7 @@ def test_training_draws_from_no_global_generator(digits, tmp_path):
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on_bit_for_bit(method, digits, tmp_path, monkeypatch):
     whole = trained(tmp_path / "whole", digits, method=method)
     run = Run.create(tmp_path / "stopped", replace(SMALL, method=method))
-    step = training._Training._step
-
-    def interrupting(self):
-        if self.step in (7, 23):  # within the first epoch and within the second
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(training._Training, "_step", interrupting)
+    interrupting(monkeypatch, (7, 23))  # within the first epoch and within the second
     handler = signal.getsignal(signal.SIGINT)
     for done in (8, 24):
         with pytest.raises(Interrupted, match=f"stopped after step {done}"):

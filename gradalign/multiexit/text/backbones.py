@@ -111,17 +111,25 @@ def embed(backbone: Any, inputs: Mapping[str, Tensor | None]) -> Tensor:  # noqa
     return hidden if project is None else project(hidden)
 
 
-def run(layer: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
+def penalty(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what attention adds to its scores before the softmax, (n, 1, 1, L) for all heads and all queries.
+
+    Args:
+        mask: (n, L), bool, True for tokens.
+        dtype: Of the hidden state.
+    """
+    nothing = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return nothing.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None, :]
+
+
+def run(layer: nn.Module, hidden: Tensor, refused: Tensor) -> Tensor:
     """Return the state after a layer, (n, L, H).
 
     Args:
         layer: Of the backbone.
         hidden: (n, L, H).
-        mask: (n, L), bool, True for tokens.
+        refused: (n, 1, 1, L), of ``penalty``.
     """
-    # Added to the scores, before the softmax; (n, 1, 1, L) stands for all heads and all queries.
-    refused = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device)
-    refused = refused.masked_fill(~mask, torch.finfo(hidden.dtype).min)[:, None, None, :]
     after = layer(hidden, refused)
     state: Tensor = after[0] if isinstance(after, tuple) else after  # before transformers 5 a tuple
     return state

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from gradalign.errors import missing_extra
 from gradalign.multiexit.inference import every_exit
 from gradalign.multiexit.objectives import weighted_loss
-from gradalign.multiexit.policies import Policy
 from gradalign.multiexit.text import backbones, heads
 from gradalign.multiexit.text.config import MultiExitConfig
 from gradalign.multiexit.text.costs import encoder_macs
 from gradalign.multiexit.text.loading import around, of_hub, take_weights, tokenizer_of
-from gradalign.multiexit.text.serving import Prediction, predict
+from gradalign.multiexit.text.serving import predict
 
 try:
     from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
@@ -229,9 +228,10 @@ class MultiExitEncoder(PreTrainedModel):
         length = _longest(hidden["mask"])
         mask, tokens = hidden["mask"][:, :length], hidden["hidden"][:, :length]
         done = self.exit_layers[exit - 2] if exit > 1 else 0
+        refused = backbones.penalty(mask, tokens.dtype)
         firsts = [hidden["cls"]] if "cls" in hidden else []
         for layer in self._modules_run()[done : self.exit_layers[exit - 1]]:
-            tokens = backbones.run(layer, tokens, mask)
+            tokens = backbones.run(layer, tokens, refused)
             if firsts:
                 firsts.append(tokens[:, :1])
         state = {"hidden": tokens, "mask": mask}
@@ -276,20 +276,7 @@ class MultiExitEncoder(PreTrainedModel):
             return logits
         return SequenceClassifierOutput(loss=weighted_loss(logits, labels), logits=logits)
 
-    def predict(
-        self,
-        texts: Sequence[str],
-        text_pairs: Sequence[str] | None = None,
-        policy: Policy | None = None,
-        *,
-        batch_size: int = 32,
-        max_length: int | None = None,
-        tokenizer: Any = None,  # noqa: ANN401 (of transformers)
-    ) -> list[Prediction]:
-        """Return what each text is answered, with early exiting; see ``serving.predict``."""
-        return predict(
-            self, texts, text_pairs, policy, batch_size=batch_size, max_length=max_length, tokenizer=tokenizer
-        )
+    predict = predict
 
     def exit_macs(self, length: int, *, heads: bool = True) -> tuple[int, ...]:
         """Return the multiply-accumulates of a row of so many tokens, up to and including each exit, (M,).

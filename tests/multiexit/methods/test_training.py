@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import signal
 from dataclasses import replace
 
 import pytest
@@ -18,6 +16,7 @@ from gradalign.multiexit.data import Split
 from gradalign.multiexit.images import ImageWorkload, learning_rate
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.training import Interrupted, train
+from tests.multiexit.interrupts import interrupting, same_files
 from tests.multiexit.methods.small import small
 
 SMALL = ImageConfig(method="fastbert", depth=8, exits=(1, 2), epochs=1, batch_size=32, learning_rate=0.005)
@@ -43,13 +42,6 @@ def trained(folder, digits, **changed):
     run = Run.create(folder, config)
     train(run, work(config, digits))
     return run
-
-
-def same_files(one, two):
-    return all(
-        (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
-        for name in ("model.safetensors", "metrics.jsonl", "logits.safetensors")
-    )
 
 
 def state_of(model):
@@ -188,20 +180,6 @@ def test_direct_leaves_the_layers_above_as_they_were(digits, tmp_path, boundarie
     assert len(next(run.metrics("step"))["accuracy"]) == 1
 
 
-def interrupting(monkeypatch, steps):
-    """Send Ctrl-C before each of these steps, counted over all stages from 0."""
-    left = list(steps)
-    step = training._Training._step
-
-    def stepping(self):
-        if left and self.steps_before + self.step == left[0]:
-            left.pop(0)
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(training._Training, "_step", stepping)
-
-
 @pytest.mark.parametrize("patience", [None, 1])
 def test_interrupts_in_each_stage_and_between_them_change_no_bit(patience, digits, tmp_path, monkeypatch):
     whole = trained(tmp_path / "whole", digits, patience=patience)
@@ -227,7 +205,7 @@ def test_dbts_temperature_goes_on_to_the_bit(digits, tmp_path, monkeypatch):
     whole = trained(tmp_path / "whole", digits, method="dbt", epochs=12, learning_rate=0.05)
     run = Run.create(tmp_path / "stopped", whole.config)
     interrupting(monkeypatch, [4 * AN_EPOCH + 2])
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped after step"):
         train(run, work(run.config, digits))
     reached = temperature(run)
     assert reached > 1
@@ -241,7 +219,7 @@ def test_turns_and_draws_go_on_to_the_bit(method, digits, tmp_path, monkeypatch)
     whole = trained(tmp_path / "whole", digits, method=method)
     run = Run.create(tmp_path / "stopped", whole.config)
     interrupting(monkeypatch, [2])
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped after step"):
         train(run, work(run.config, digits))
     train(run, work(run.config, digits))
     assert same_files(whole, run)
@@ -292,7 +270,7 @@ def test_the_command_line(method, tmp_path, capsys):
 
 
 def test_the_command_line_names_what_is_near(capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         cli.main(["train", "--method", "kd:pc-grad"])
     assert "did you mean 'pcgrad'" in capsys.readouterr().err
 

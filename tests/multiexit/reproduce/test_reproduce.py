@@ -228,7 +228,7 @@ def test_seconds_are_measured_once(text, made, monkeypatch):
     monkeypatch.setattr("gradalign.multiexit.reproduce.judged.seconds_saved", None)
     assert judged(run, "patience", "cpu") == first
     (run.folder / "judged-patience-1.95.json").unlink()
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="not callable"):
         judged(run, "patience", "cpu")
     monkeypatch.undo()
     assert judged(run, "patience", "cpu").score == first.score

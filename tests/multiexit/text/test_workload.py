@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import signal
 from dataclasses import replace
 
 import pytest
@@ -13,6 +11,7 @@ from gradalign.multiexit.configs import TextConfig
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.text.workload import MODEL, TextWorkload, learning_rate
 from gradalign.multiexit.training import Interrupted, train
+from tests.multiexit.interrupts import interrupting, same_files
 from tests.multiexit.text.folders import backbone, glue
 
 
@@ -39,11 +38,6 @@ def trained(folder, config):
     run = Run(folder).prepared(config)
     train(run, work(config))
     return run
-
-
-def same_files(one, two):
-    names = (f"{MODEL}/model.safetensors", "metrics.jsonl", "logits.safetensors")
-    return all((one.folder / name).read_bytes() == (two.folder / name).read_bytes() for name in names)
 
 
 def rows_taken(monkeypatch):
@@ -205,20 +199,12 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on_bit_for_bit(small, method, tmp_
     config = replace(small, method=method)
     whole = trained(tmp_path / "whole", config)
     run = Run.create(tmp_path / "stopped", config)
-    step, stops = training._Training._step, {3, 11, 18}
-
-    def interrupting(self):
-        if self.steps_before + self.step in stops:
-            stops.remove(self.steps_before + self.step)
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(training._Training, "_step", interrupting)
+    interrupting(monkeypatch, (3, 11, 18))
     for done in (4, 12, 19)[: 2 if method == "gaml-soft" else 3]:
         with pytest.raises(Interrupted, match=f"stopped after step {done}"):
             train(run, work(config))
     train(run, work(config))
-    assert same_files(whole, run)
+    assert same_files(whole, run, f"{MODEL}/model.safetensors")
 
 
 def test_patience_keeps_the_best_network(small, tmp_path, monkeypatch):

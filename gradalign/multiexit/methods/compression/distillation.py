@@ -43,8 +43,9 @@ def first_tokens(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[
     encoder = cast(Any, model)
     state = encoder.start(inputs)
     hidden, firsts = state["hidden"], []
+    refused = backbones.penalty(state["mask"], hidden.dtype)
     for layer in layers_of(model):
-        hidden = backbones.run(layer, hidden, state["mask"])
+        hidden = backbones.run(layer, hidden, refused)
         firsts.append(hidden[:, 0])
     cls = torch.stack(firsts)
     end = {"hidden": hidden, "mask": state["mask"], "cls": cls.transpose(0, 1)}

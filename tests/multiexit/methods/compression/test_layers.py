@@ -22,7 +22,7 @@ def by_hand(model, kept):
     state = model.start(BATCH)
     tokens, cls = state["hidden"], []
     for k in kept:
-        tokens = backbones.run(layers.layers_of(model)[k], tokens, state["mask"])
+        tokens = backbones.run(layers.layers_of(model)[k], tokens, backbones.penalty(state["mask"], tokens.dtype))
         cls.append(tokens[:, 0])
     state |= {"hidden": tokens}
     if model.config.exit != "mix":

@@ -56,7 +56,7 @@ def test_each_coin_replaces_two_layers_by_one():
         state = predecessor.start(BATCH)
         hidden = state["hidden"]
         for layer in run:
-            hidden = backbones.run(layer, hidden, state["mask"])
+            hidden = backbones.run(layer, hidden, backbones.penalty(state["mask"], hidden.dtype))
         expected = predecessor.classify({**state, "hidden": hidden}, 1)
         torch.testing.assert_close(logits[0], expected)
         seen.add(drawn)

@@ -15,6 +15,7 @@ from gradalign.multiexit.configs import ImageConfig
 from gradalign.multiexit.methods import compression
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.training import Interrupted, train
+from tests.multiexit.interrupts import interrupting
 from tests.multiexit.methods.compression import tiny
 
 NAMES = [method.name for method in compression.METHODS]
@@ -67,7 +68,7 @@ def test_interrupts_in_each_stage_change_no_bit(name, patience, tmp_path, monkey
     run = Run.create(tmp_path / "stopped", whole.config)
     first = whole.result["stages"][0]
     steps = [1, first - 1] + ([first, first + 2] if STAGES[name] == 2 else [])
-    tiny.interrupting(monkeypatch, steps)
+    interrupting(monkeypatch, steps)
     for done in steps:
         with pytest.raises(Interrupted, match=f"stopped after step {done + 1}"):
             train(run, tiny.Tokens(run.config))

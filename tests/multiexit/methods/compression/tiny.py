@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 import torch
 import transformers
 
@@ -117,20 +114,6 @@ def trained(folder, method, work=Tokens, **changed):
     work = work(run.config)
     train(run, work)
     return run, work
-
-
-def interrupting(monkeypatch, steps):
-    """Send Ctrl-C before each of these steps, counted over all stages from 0."""
-    left = list(steps)
-    step = training._Training._step
-
-    def stepping(self):
-        if left and self.steps_before + self.step == left[0]:
-            left.pop(0)
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(training._Training, "_step", stepping)
 
 
 def states(monkeypatch):
