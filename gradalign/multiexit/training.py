@@ -281,8 +281,10 @@ class _Training:
             )
 
     def _write(self, record: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         self.metrics.write((json.dumps(plain(record)) + "\n").encode())
-        if self.watch is not None and self.writes:
+        if self.watch is not None:
             self.watch(record, self.optimizer.report if record["kind"] == "step" else None)
 
     def _checkpoint(self) -> None:

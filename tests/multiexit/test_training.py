@@ -19,7 +19,7 @@ from gradalign.multiexit.configs import ImageConfig
 from gradalign.multiexit.images import ImageWorkload, learning_rate
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.training import Interrupted, train
-from tests.multiexit.interrupts import interrupting, same_files
+from tests.multiexit.spies import interrupting, rates_of_sgd, same_files
 
 SMALL = ImageConfig(depth=8, exits=(1, 2), epochs=2, batch_size=64, learning_rate=0.05)
 
@@ -71,14 +71,7 @@ def test_what_a_step_writes(digits, tmp_path):
 
 
 def test_the_schedule_is_applied(digits, tmp_path, monkeypatch):
-    rates = []
-    step = torch.optim.SGD.step
-
-    def seen(self, *arguments):
-        rates.append(self.param_groups[0]["lr"])
-        return step(self, *arguments)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", seen)
+    rates = rates_of_sgd(monkeypatch)
     run = trained(tmp_path / "run", digits, epochs=1, warm_up=0.2)
     assert rates == [learning_rate(0.05, 0.2, k, 20) for k in range(20)]
     assert rates == [line["learning_rate"] for line in run.metrics("step")]

@@ -16,8 +16,8 @@ from gradalign.multiexit.data import Split
 from gradalign.multiexit.images import ImageWorkload, learning_rate
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.training import Interrupted, train
-from tests.multiexit.interrupts import interrupting, same_files
 from tests.multiexit.methods.small import small
+from tests.multiexit.spies import interrupting, rates_of_sgd, same_files
 
 SMALL = ImageConfig(method="fastbert", depth=8, exits=(1, 2), epochs=1, batch_size=32, learning_rate=0.005)
 AN_EPOCH = 6
@@ -101,14 +101,7 @@ def test_the_second_stage_leaves_the_frozen_network_as_it_was(method, digits, tm
 
 @pytest.mark.parametrize(("method", "factor"), [("fastbert", 10), ("deebert", 1)])
 def test_the_learning_rate_of_each_stage(method, factor, digits, tmp_path, monkeypatch):
-    rates = []
-    step = torch.optim.SGD.step
-
-    def seen(self, *arguments):
-        rates.append(self.param_groups[0]["lr"])
-        return step(self, *arguments)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", seen)
+    rates = rates_of_sgd(monkeypatch)
     run = trained(tmp_path / "run", digits, method=method)
     first, second = run.result["stages"]
     expected = [learning_rate(0.005, 0.1, k, first) for k in range(first)]

@@ -11,7 +11,7 @@ from gradalign.multiexit.configs import TextConfig
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.text.workload import MODEL, TextWorkload, learning_rate
 from gradalign.multiexit.training import Interrupted, train
-from tests.multiexit.interrupts import interrupting, same_files
+from tests.multiexit.spies import interrupting, same_files
 from tests.multiexit.text.folders import backbone, glue
 
 

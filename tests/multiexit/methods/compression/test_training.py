@@ -15,8 +15,8 @@ from gradalign.multiexit.configs import ImageConfig
 from gradalign.multiexit.methods import compression
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.training import Interrupted, train
-from tests.multiexit.interrupts import interrupting
 from tests.multiexit.methods.compression import tiny
+from tests.multiexit.spies import interrupting
 
 NAMES = [method.name for method in compression.METHODS]
 DEPTHS = dict.fromkeys(NAMES, 2) | {"head-pruning": 4}
