@@ -282,14 +282,17 @@ def _give_up(ranks: Ranks, param_groups: Sequence[Mapping[str, Any]]) -> None:
 def _said(rule: object) -> str:
     """Return a rule in words that are the same on all ranks: its class and those of its settings that are plain."""
     settings = [(f.name, getattr(rule, f.name)) for f in fields(rule)] if is_dataclass(rule) else []
+    settings = [(name, value.tolist() if isinstance(value, Tensor) else value) for name, value in settings]
     told = [f"{name}={_said(value)}" for name, value in settings if isinstance(value, BaseRule)]
     told += [f"{name}={value!r}" for name, value in settings if _plain(value)]
     return f"{type(rule).__name__}({', '.join(told)})"
 
 
 def _plain(value: object) -> bool:
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return all(map(_plain, value))
+    if isinstance(value, Mapping):
+        return _plain(tuple(value.items()))
     return value is None or isinstance(value, bool | int | float | str)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import pytest
 from transformers import AutoModel
@@ -59,3 +60,11 @@ def test_what_makes_no_sense_is_named(trained, tmp_path, capsys):
     assert cli.main(["export", str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 1
     assert "`run` must be one on text" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_its_network_is_named(trained, tmp_path, capsys):
+    folder, _ = trained
+    copy = shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(copy / "model")
+    assert cli.main(["export", str(copy), "--out", str(tmp_path / "out")]) == 1
+    assert "`run` must hold its network, got" in capsys.readouterr().err

@@ -16,7 +16,9 @@ def add_commands(commands: settings.Commands) -> None:
     out = commands.add_parser("export", help="write a network on text with its exit policy, as model.predict serves it")
     out.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run on text")
     out.add_argument("--out", type=Path, required=True, help="folder for the network; must not exist")
-    out.add_argument("--policy", choices=_POLICIES, default="entropy", help="who leaves where (default: entropy)")
+    out.add_argument(
+        "--policy", choices=_POLICIES, help="who leaves where (default: entropy, and patience in regression)"
+    )
     out.add_argument(
         "--speed-up", type=float, default=2.0, metavar="X", help="in layers, on held-out rows (default: 2.0)"
     )
@@ -37,12 +39,18 @@ def _export(options: argparse.Namespace) -> int:
     if not isinstance(run.config, TextConfig):
         raise ValueError(f"`run` must be one on text, got {str(options.run)!r}, which is on {run.config.kind}.")
     run.check_finished()
+    if not (run.folder / MODEL).is_dir():
+        raise FileNotFoundError(
+            f"`run` must hold its network, got {str(options.run)!r}, of a search, which keeps none; train the setting."
+        )
     if options.out.exists():
         raise FileExistsError(f"`--out` must be a folder that is not there yet, got {str(options.out)!r}.")
     held_out, _ = run.logits("held_out")
+    classes = held_out.shape[-1]
     policy: policies.Policy = policies.Budget(1)  # of a network with one exit
     if len(held_out) > 1:
-        policy = policies.calibrate(kind_of(options.policy, held_out.shape[-1]), held_out, options.speed_up)
+        name = options.policy or ("entropy" if classes > 1 else "patience")
+        policy = policies.calibrate(kind_of(name, classes), held_out, options.speed_up)
     with quiet(True):
         model = MultiExitEncoder.from_pretrained(run.folder / MODEL)
         model.config.policy = policies.to_dict(policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -83,7 +84,11 @@ def _axis(text: str) -> tuple[str, Sequence[Any]]:
 
 
 def _line(trial: Trial) -> str:
-    return f"trial {trial.number}: {_settings(trial.settings)}: {trial.mean:.4f}, {trial.seconds:.0f} s"
+    return f"trial {trial.number}: {_settings(trial.settings)}: {_score(trial.mean)}, {trial.seconds:.0f} s"
+
+
+def _score(mean: float | None) -> str:
+    return "diverged" if mean is None else f"{mean:.4f}"
 
 
 def _settings(values: Mapping[str, Any]) -> str:
@@ -91,10 +96,10 @@ def _settings(values: Mapping[str, Any]) -> str:
 
 
 def _table(trials: Sequence[Trial]) -> str:
-    best = sorted(trials, key=lambda trial: -trial.mean)[:_SHOWN]
+    best = sorted(trials, key=lambda trial: math.inf if trial.mean is None else -trial.mean)[:_SHOWN]
     lines = ["| trial | settings | mean of exits | of each fold | steps | seconds |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {t.number} | {_settings(t.settings)} | {t.mean:.4f} | {' '.join(f'{score:.4f}' for score in t.scores)}"
+        f"| {t.number} | {_settings(t.settings)} | {_score(t.mean)} | {' '.join(f'{score:.4f}' for score in t.scores)}"
         f" | {t.steps:.0f} | {t.seconds:.0f} |"
         for t in best
     ]

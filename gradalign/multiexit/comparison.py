@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -55,7 +55,7 @@ def compare(
     Runs that a folder holds already are taken as they are, or continued: so a comparison that was stopped goes on.
 
     Args:
-        config: What the runs share; its method and seed are replaced.
+        config: What the runs share; its method and seed are replaced, and what it leaves open is each method's own.
         methods: The methods; the score of the first one's last exit is what the others' speed-up is measured at.
         seeds: The seeds.
         folder: Holds a folder for each run, named METHOD-seedN, and comparison.json.
@@ -68,7 +68,7 @@ def compare(
         if len(set(values)) < len(values):
             raise ValueError(f"`{argument}` must be different from one another, got {', '.join(map(str, values))}.")
     runs = {
-        (method, seed): Run(_folder_of(folder, method, seed)).prepared(replace(config, method=method, seed=seed))
+        (method, seed): Run(_folder_of(folder, method, seed)).prepared(config.with_method(method, seed))
         for seed in seeds
         for method in methods
     }

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from gradalign.errors import check_seed
+from gradalign.multiexit.attempts import attempt
 from gradalign.multiexit.configs import TextConfig
 from gradalign.multiexit.files import replace_file
 from gradalign.multiexit.objectives import check_count
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.text.workload import MODEL
-from gradalign.multiexit.training import train
-from gradalign.multiexit.workloads import workload_of
 
 PAPERS_GRID: Mapping[str, Sequence[Any]] = {
     "batch_size": (16, 32, 128),
@@ -39,8 +38,8 @@ class Trial:
     Attributes:
         number: From 0, in the order of the search.
         settings: The fields of the grid.
-        scores: The main score on held-out rows, mean over the exits, of each fold.
-        mean: Over the folds.
+        scores: The main score on held-out rows, mean over the exits, of each fold that did not diverge.
+        mean: Over the folds; None where one diverged.
         seconds: Of training, all folds.
         steps: Mean over the folds.
     """
@@ -48,7 +47,7 @@ class Trial:
     number: int
     settings: Mapping[str, Any]
     scores: Sequence[float]
-    mean: float
+    mean: float | None
     seconds: float
     steps: float
 
@@ -102,16 +101,16 @@ def search(
     found: list[Trial] = []
     for number, (of_trial, changed) in enumerate(zip(configs, settings, strict=True)):
         runs = [_trained(folder / f"trial-{number:03}" / f"fold-{c.fold}", c, device) for c in of_trial]
-        results = [run.result for run in runs]
+        results = [run.result for run in runs if run.finished]
         scores = [statistics.fmean(result[f"held_out_{result['main']}"]) for result in results]
         found.append(
             Trial(
                 number,
                 dict(changed),
                 scores,
-                statistics.fmean(scores),
+                statistics.fmean(scores) if len(scores) == folds else None,
                 sum(result["seconds"] for result in results),
-                statistics.fmean(result["steps"] for result in results),
+                statistics.fmean(result["steps"] for result in results) if results else 0.0,
             )
         )
         _write(folder / "trials.jsonl", found)
@@ -120,10 +119,9 @@ def search(
 
 def _trained(folder: Path, config: TextConfig, device: torch.device | str) -> Run:
     run = Run(folder).prepared(config)
-    if not run.finished:
-        train(run, workload_of(config, device))
-    run.drop_checkpoint()
-    shutil.rmtree(folder / MODEL, ignore_errors=True)
+    if attempt(run, device):
+        run.drop_checkpoint()
+        shutil.rmtree(folder / MODEL, ignore_errors=True)
     return run
 
 

@@ -60,8 +60,10 @@ def train(run: Run, workload: Workload, watch: Watch | None = None) -> None:
     if run.finished:
         tqdm.write(f"{run.folder}: trained already; delete the folder to train again", file=sys.stderr)
         return
-    with _Training(run, workload, watch) as training, catch_interrupt() as interrupted:
-        training.go(interrupted)
+    with _Training(run, workload, watch) as training:
+        with catch_interrupt() as interrupted:
+            training.go(interrupted)
+        training.finish()  # Ctrl-C ends it at once: the last epoch's checkpoint stands, and no result is written
 
 
 class _Training:
@@ -157,7 +159,7 @@ class _Training:
                 break
             self._enter(len(self.stages_done) + 1, self.step)
             self._checkpoint()
-        self._finish()
+        self._stop_if(interrupted)  # between the last step's look and here, say
 
     def _train_stage(self, interrupted: threading.Event) -> None:
         with tqdm(total=self.steps, initial=self.step, desc=self._name(), unit="step", disable=None) as bar:
@@ -178,9 +180,12 @@ class _Training:
                 bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
                 if self.step % self.work.steps_an_epoch == 0:
                     self._end_epoch(bar)
-                if processes.any_rank(interrupted.is_set(), self.work.device):
-                    self._checkpoint()
-                    raise Interrupted(self.run, self.steps_before + self.step)
+                self._stop_if(interrupted)
+
+    def _stop_if(self, interrupted: threading.Event) -> None:
+        if processes.any_rank(interrupted.is_set(), self.work.device):
+            self._checkpoint()
+            raise Interrupted(self.run, self.steps_before + self.step)
 
     def _name(self) -> str:
         several = len(self.method.stages) > 1
@@ -307,10 +312,9 @@ class _Training:
             }
         )
 
-    def _finish(self) -> None:
-        if self.writes:
-            self._write_results()
-        processes.wait()
+    def finish(self) -> None:
+        """Keep the network and write what it is worth, in the first of several processes."""
+        processes.on_first(self._write_results, self.work.device)
 
     def _write_results(self) -> None:
         self.metrics.flush()

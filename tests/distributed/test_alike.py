@@ -97,6 +97,7 @@ class Called(Halves):
 
     scale: Callable = field(default_factory=lambda: lambda: 1.0)
     power: float = 2.0
+    powers: list = field(default_factory=lambda: [1, 2])
 
 
 def own_rules(rank, size):
@@ -115,7 +116,9 @@ def own_rules(rank, size):
 def test_a_rule_of_ones_own_trains_on_ranks(tmp_path):
     for seen in processes.run(own_rules, 2, folder=tmp_path):
         assert seen["plain"].tolist() == seen["callable"].tolist() == [0.5, 0.5, 0.5]
-        assert "Called(power=2.0), stacked on rank 0; Called(power=3.0), stacked on rank 1" in seen["other settings"]
+        assert (
+            "Called(power=2.0, powers=[1, 2]), stacked on rank 0; Called(power=3.0, powers=" in seen["other settings"]
+        )
 
 
 def frozen(rank, size):

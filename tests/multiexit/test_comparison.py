@@ -133,3 +133,9 @@ def test_the_table_has_mean_and_spread():
     ]
     assert lines[2] == ["joint", "2", "55.0 ± 7.1 %", "80.0 ± 14.1 %", "-", "-", "1.00x (1 of 2 seeds)"]
     assert lines[3] == ["ml", "1", "25.0 %", "50.0 %", "50.0 %", "25.0 %", "-"]
+
+
+def test_each_method_has_its_own_settings(tmp_path):
+    compare(SMALL, ["joint", "dbt"], [0], tmp_path)
+    alphas = {method: Run.open(tmp_path / f"{method}-seed0").config.alpha for method in ("joint", "dbt")}
+    assert alphas == {"joint": 0.3, "dbt": 0.5}

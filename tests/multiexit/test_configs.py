@@ -82,3 +82,12 @@ def test_every_setting_is_documented():
 def test_exits_are_of_the_methods_own_kind_unless_said(method, exit):
     assert TextConfig(task="rte", backbone="some", method=method).exit == exit
     assert TextConfig(task="rte", backbone="some", method=method, exit="mean").exit == "mean"
+
+
+def test_another_methods_own_settings_take_the_place_of_what_was_left_open():
+    config = TextConfig(task="rte", backbone="some", method="joint", temperature=3.0)
+    assert (config.alpha, config.exit) == (0.3, "pooler")
+    other = config.with_method("distilbert", seed=4)
+    assert (other.method, other.seed, other.alpha, other.temperature) == ("distilbert", 4, 0.5, 3.0)
+    assert other.with_method("fastbert", seed=4).exit == "fastbert"
+    assert other.with_method("joint", seed=0) == config

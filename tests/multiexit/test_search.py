@@ -150,3 +150,12 @@ def test_an_empty_grid_is_named():
         trials_of({})
     with pytest.raises(ValueError, match="`trials` must be at least 1, got 0"):
         trials_of(GRID, 0)
+
+
+def test_a_setting_that_diverges_is_told_of_and_the_others_go_on(config, tmp_path, capsys):
+    trials = list(search(config, trials_of({"learning_rate": [1e30, 3e-3]}), 2, tmp_path))
+    assert trials[0].mean is None
+    assert trials[1].mean is not None
+    assert "diverged" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    assert lines == [asdict(trial) for trial in trials]

@@ -149,6 +149,25 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on_bit_for_bit(method, digits, tmp
     assert same_files(whole, run)
 
 
+def test_ctrl_c_while_results_are_written_ends_the_run_and_is_made_up_for(digits, tmp_path, monkeypatch):
+    whole = trained(tmp_path / "whole", digits)
+    run = Run.create(tmp_path / "stopped", SMALL)
+    save = ImageWorkload.save
+
+    def stopped(self, model, folder):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(self, model, folder)
+
+    monkeypatch.setattr(ImageWorkload, "save", stopped)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):  # noqa: PT012 - the handler runs at the next bytecode
+        train(run, work(run.config, digits))
+        time.sleep(1)
+    monkeypatch.undo()
+    assert not run.finished
+    train(run, work(run.config, digits))
+    assert same_files(whole, run)
+
+
 COMMAND = [sys.executable, "-m", "gradalign.cli", "train", "--depth", "8", "--exits", "1,2", "--epochs", "4"]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from gradalign.errors import check_seed, finite_number, unknown_name
 from gradalign.multiexit import methods
-from gradalign.multiexit.methods import Settings
+from gradalign.multiexit.methods import Method, Settings
 from gradalign.multiexit.objectives import check_count
 
 GRANULARITIES = ("global", "layer", "tensor")
@@ -44,6 +44,7 @@ class Config:
     """
 
     kind: ClassVar[str]
+    _own: ClassVar[tuple[str, ...]]  # the settings that were left open; each configuration's own, but no field
 
     method: str = "gaml-soft"
     epochs: int = 10
@@ -72,10 +73,20 @@ class Config:
                 f"`method` must be one for {self.kind}, got {self.method!r}, which is for {' and '.join(method.kinds)};"
                 f" take one of {', '.join(methods.names(self.kind))}."
             )
-        for name in _FOR_METHODS:
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(method.defaults, name))
+        own = {name: value for name, value in self.of_method(method).items() if getattr(self, name) is None}
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_own", tuple(own))  # another method would say otherwise
         self.check()
+
+    def of_method(self, method: Method) -> dict[str, Any]:
+        """Return what a method says of the settings that are left open."""
+        return {name: getattr(method.defaults, name) for name in _FOR_METHODS}
+
+    def with_method(self, method: str, seed: int) -> Self:
+        """Return the same for another method and seed; what was left open is that method's own."""
+        open_again: dict[str, Any] = dict.fromkeys(self._own)
+        return replace(self, method=method, seed=seed, **open_again)
 
     def check(self) -> None:
         """Raise TypeError or ValueError at the first setting that makes no sense."""

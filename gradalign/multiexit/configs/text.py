@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from gradalign.errors import flag, unknown_name
-from gradalign.multiexit import methods
 from gradalign.multiexit.configs.base import Config
+from gradalign.multiexit.methods import Method
 from gradalign.multiexit.objectives import check_count
 from gradalign.multiexit.text import glue
 
@@ -60,8 +60,6 @@ class TextConfig(Config):
         """Raise TypeError or ValueError at the first setting that makes no sense."""
         super().check()
         object.__setattr__(self, "task", glue.task(self.task).name)
-        if self.exit is None:
-            object.__setattr__(self, "exit", methods.get(self.method).exit)
         if self.exit not in EXITS:
             raise unknown_name("exit", self.exit, EXITS)
         check_count("max_length", self.max_length)
@@ -73,6 +71,10 @@ class TextConfig(Config):
             raise ValueError(f"`fold` must be in 0..{(self.folds or 1) - 1}, one of the folds, got {self.fold!r}.")
         flag("buckets", self.buckets)
         flag("pretrained", self.pretrained)
+
+    def of_method(self, method: Method) -> dict[str, Any]:
+        """Return what a method says of the settings that are left open."""
+        return {**super().of_method(method), "exit": method.exit}
 
     @property
     def title(self) -> str:

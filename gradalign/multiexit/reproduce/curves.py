@@ -6,11 +6,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gradalign.multiexit import methods
 from gradalign.multiexit.configs import Config
 from gradalign.multiexit.figures import angles_of, canvas, draw_angles, draw_depths
+from gradalign.multiexit.methods import Settings
 from gradalign.multiexit.reproduce.orders import Order, Piece
 from gradalign.multiexit.reproduce.tables import Cell, Table
 from gradalign.multiexit.runs import Run
+from gradalign.rules import Sum
 
 _RIGHT_ANGLE = 90.0
 _CURVES = ("joint", "fastbert", "gaml-soft")
@@ -28,6 +31,8 @@ def _seeds(order: Order, method: str, task: str, **changed: object) -> list[Conf
 
 
 def _figure3_needs(order: Order) -> list[Config]:
+    for name in order.methods:
+        _check_pair(name)
     return [
         config
         for task in _tasks(order, ("sst-2",))
@@ -43,7 +48,7 @@ def _figure3(order: Order, path: Path) -> list[Path]:
         for method in order.methods or ("ml",):
             name = f"{method} on {task}"
             found[name] = order.finished(_seeds(order, method, task))
-            of_seeds = [angles for run in found[name] if (angles := _angles(run))]
+            of_seeds = [angles for run in found[name] if (angles := angles_of(run))]
             above = [100 * statistics.fmean(angle > _RIGHT_ANGLE for angle in angles) for angles in of_seeds]
             middle = [statistics.median(angles) for angles in of_seeds]
             paper = 50.0 if (method, task) == ("ml", "sst-2") else None
@@ -61,16 +66,23 @@ def _figure3(order: Order, path: Path) -> list[Path]:
     return [*table.write(path), path.with_suffix(".png")]
 
 
-def _angles(run: Run) -> list[float]:
-    """Return the angle at each step, or raise ValueError where the method has one loss alone."""
-    if len(next(run.metrics("step"))["groups"]) < 2:
+def _check_pair(name: str) -> None:
+    """Raise ValueError unless a method trains on cross-entropy and distillation from its first step on."""
+    rule = methods.get(name).stages[0].rule(Settings())
+    if name.startswith("exits:") or (isinstance(rule, Sum) and not name.startswith("kd:")):
         raise ValueError(
-            f"`methods` must have two losses for figure3, got {run.config.method}; take ml or gaml-soft, say."
+            f"`methods` must have cross-entropy and distillation from the first step on for figure3, got {name}; take"
+            " ml or gaml-soft, say."
         )
-    return angles_of(run)
 
 
 def _figure4_needs(order: Order) -> list[Config]:
+    for name in order.methods:
+        if methods.get(name).kinds == ("text",):  # the smaller encoders
+            raise ValueError(
+                f"`methods` must keep an exit after each layer for figure4, got {name}, which ends with one; leave it"
+                " out."
+            )
     return [
         config
         for task in _tasks(order, ("cola", "sst-2"))
@@ -84,23 +96,13 @@ def _figure4(order: Order, path: Path) -> list[Path]:
     for task in _tasks(order, ("cola", "sst-2")):
         depth = order.depth(task)
         curves[task] = {
-            method: [_of_every_exit(run, depth) for run in order.finished(_seeds(order, method, task))]
+            method: [scores(run) for run in order.finished(_seeds(order, method, task))]
             for method in order.methods or _CURVES
         }
         single = [scores(run)[-1:] for run in order.finished(_seeds(order, "single", task))]
         curves[task]["single, last exit"] = [score * depth for score in single]
     cells = {task: {name: list(zip(*of, strict=True)) for name, of in named.items()} for task, named in curves.items()}
     return _depths(order, path, "Figure 4: score by depth, budgeted exiting", cells, curves)
-
-
-def _of_every_exit(run: Run, depth: int) -> list[float]:
-    found = scores(run)
-    if len(found) != depth:
-        raise ValueError(
-            f"`methods` must keep an exit after each of {depth} layers for figure4, got {run.config.method}, which"
-            f" ends with {len(found)}; leave it out."
-        )
-    return found
 
 
 def _figure5_needs(order: Order) -> list[Config]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,19 +11,11 @@ from typing import Any
 
 import torch
 
-from gradalign import NonFiniteError
-from gradalign.errors import missing_extra
+from gradalign.multiexit.attempts import attempt
 from gradalign.multiexit.configs import Config, ImageConfig, TextConfig
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.text import glue
 from gradalign.multiexit.text.workload import num_layers
-from gradalign.multiexit.training import train
-from gradalign.multiexit.workloads import workload_of
-
-try:
-    from tqdm import tqdm
-except ImportError as error:
-    raise missing_extra("tqdm", "multiexit") from error
 
 _OF_A_RUN = ("method", "seed", "task")  # what a run's folder names; of the rest it has a digest
 
@@ -91,13 +82,8 @@ class Order:
         """
         for config in sorted(configs, key=lambda config: config.seed):
             run = self.run(config)
-            if not run.finished:
-                try:
-                    train(run.prepared(config), workload_of(config, self.device))
-                except NonFiniteError as error:
-                    tqdm.write(f"{run.folder}: {error}", file=sys.stderr)
-                    continue
-            run.drop_checkpoint()
+            if attempt(run.prepared(config), self.device):
+                run.drop_checkpoint()
 
 
 @dataclass(frozen=True)

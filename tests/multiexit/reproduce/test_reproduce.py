@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradalign.multiexit import policies
-from gradalign.multiexit.reproduce import Order, orders, published, reproduce
+from gradalign.multiexit import attempts, policies
+from gradalign.multiexit.reproduce import Order, published, reproduce
 from gradalign.multiexit.reproduce import images as of_images
 from gradalign.multiexit.reproduce.judged import POLICIES, judged
 from gradalign.multiexit.text.workload import TextWorkload
@@ -48,7 +48,7 @@ def test_a_piece_is_a_page_a_sheet_and_a_picture(name, made):
 def test_a_second_call_trains_nothing_and_pieces_share_runs(text, made, monkeypatch):
     files = [file for file in text.folder.glob("runs/**/*") if file.is_file()]
     before = {file: file.stat().st_mtime_ns for file in files}
-    monkeypatch.setattr(orders, "train", None)
+    monkeypatch.setattr(attempts, "train", None)
     for name in PIECES:
         pages = {file: file.read_text(encoding="utf-8") for file in made[name] if file.suffix != ".png"}
         reproduce(name, order_of(text, name))
@@ -181,8 +181,8 @@ def test_figure_3_is_of_the_angles_of_every_step(text, made):
         assert mean(cells, f"{method} on sst-2", "above 90°, %") == pytest.approx(statistics.fmean(above))
         assert mean(cells, f"{method} on sst-2", "median, °") == pytest.approx(statistics.fmean(middle))
     assert cells["ml on sst-2", "above 90°, %"]["paper"] == "50.0"
-    with pytest.raises(ValueError, match="`methods` must have two losses for figure3, got joint; take ml"):
-        reproduce("figure3", replace(text, methods=("joint",)), training=False)
+    with pytest.raises(ValueError, match=r"`methods` must have cross-entropy and .* figure3, got joint"):
+        reproduce("figure3", replace(text, methods=("ml", "joint")))
 
 
 def test_figures_4_and_5_have_a_score_an_exit(text, made):
@@ -197,10 +197,8 @@ def test_figures_4_and_5_have_a_score_an_exit(text, made):
         expected = statistics.fmean(100 * run.result["test_accuracy"][exit - 1] for run in alone)
         assert mean(tuned, "sst-2, fine-tuned to that layer", str(exit)) == pytest.approx(expected)
     assert mean(tuned, "sst-2, fine-tuned to that layer", "4") == pytest.approx(single)
-    with pytest.raises(
-        ValueError, match=r"`methods` must keep an exit after each of 4 layers for figure4, got bert-6l"
-    ):
-        reproduce("figure4", replace(text, methods=("bert-6l",)), training=False)
+    with pytest.raises(ValueError, match=r"`methods` must keep an exit after each layer for figure4, got bert-6l"):
+        reproduce("figure4", replace(text, methods=("bert-6l",)))
 
 
 def test_table_8_is_at_the_papers_speed_up(images):
