@@ -40,13 +40,15 @@ def test_train_writes_a_run_and_says_where(folder, tmp_path, capsys, monkeypatch
 def test_evaluate_judges_exits_and_every_policy(folder, capsys):
     assert cli.main(["evaluate", str(folder)]) == 0
     out = capsys.readouterr().out
-    for policy in ("Budget", "Entropy", "MaxProbability", "Patience"):
-        assert out.count(policy) == 2
-    assert out.count("1.5x:") == out.count("2.0x:") == 4
+    for policy in ("Budget", "Entropy", "MaxProbability", "PatientConfidence"):
+        assert out.count(f" {policy}(") == 2
+        assert out.count(f" Calibrated(policy={policy}(") == (0 if policy == "Budget" else 2)
+    assert out.count(" Patience(") == 2
+    assert out.count("1.5x:") == out.count("2.0x:") == 8
     accuracies = json.loads((folder / "result.json").read_text())["test_accuracy"]
     for number, accuracy in enumerate(accuracies, 1):
         assert f"exit {number:2}: {accuracy:.3f}" in out
-    assert len(json.loads((folder / "evaluation.json").read_text())["policies"]) == 8
+    assert len(json.loads((folder / "evaluation.json").read_text())["policies"]) == 16
 
 
 def test_plot_draws_again(folder, capsys):

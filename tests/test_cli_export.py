@@ -9,6 +9,7 @@ from transformers import AutoModel
 from gradalign import cli
 from gradalign.multiexit import MultiExitEncoder, metrics, policies
 from gradalign.multiexit.configs import ImageConfig
+from gradalign.multiexit.evaluation import POLICIES, policy_of
 from gradalign.multiexit.runs import Run
 from tests.multiexit.text import tiny
 
@@ -34,7 +35,7 @@ def trained(tmp_path_factory):
     return folder / "run", texts["dev"]
 
 
-@pytest.mark.parametrize("name", ["patience", "entropy", "max-probability"])
+@pytest.mark.parametrize("name", POLICIES)
 def test_a_network_is_served_with_its_policy(trained, name, tmp_path, capsys):
     folder, texts = trained
     out = tmp_path / "served"
@@ -42,7 +43,8 @@ def test_a_network_is_served_with_its_policy(trained, name, tmp_path, capsys):
     printed = capsys.readouterr().out
     run, model = Run.open(folder), MultiExitEncoder.from_pretrained(out)
     policy = policies.from_dict(model.config.policy)
-    assert policy == policies.calibrate(type(policy)(1), run.logits("held_out")[0], 1.5)
+    held_out = run.logits("held_out")
+    assert policy == policies.calibrate(policy_of(name, held_out), held_out[0], 1.5)
     logits, labels = run.logits("test")
     decision = policy.decide(logits)
     found = model.predict(texts)

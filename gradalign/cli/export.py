@@ -7,8 +7,7 @@ from pathlib import Path
 
 from gradalign.cli import options as settings
 from gradalign.cli.quiet import quiet
-
-_POLICIES = ("patience", "entropy", "max-probability")
+from gradalign.multiexit.evaluation import POLICIES
 
 
 def add_commands(commands: settings.Commands) -> None:
@@ -17,7 +16,7 @@ def add_commands(commands: settings.Commands) -> None:
     out.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run on text")
     out.add_argument("--out", type=Path, required=True, help="folder for the network; must not exist")
     out.add_argument(
-        "--policy", choices=_POLICIES, help="who leaves where (default: entropy, and patience in regression)"
+        "--policy", choices=POLICIES, help="who leaves where (default: entropy, and patience in regression)"
     )
     out.add_argument(
         "--speed-up", type=float, default=2.0, metavar="X", help="in layers, on held-out rows (default: 2.0)"
@@ -28,8 +27,7 @@ def add_commands(commands: settings.Commands) -> None:
 def _export(options: argparse.Namespace) -> int:
     from gradalign.multiexit import policies
     from gradalign.multiexit.configs import TextConfig
-    from gradalign.multiexit.evaluation import outcome_of
-    from gradalign.multiexit.reproduce.judged import kind_of
+    from gradalign.multiexit.evaluation import outcome_of, policy_of
     from gradalign.multiexit.runs import Run
     from gradalign.multiexit.text.encoder import MultiExitEncoder
     from gradalign.multiexit.text.workload import MODEL
@@ -45,18 +43,18 @@ def _export(options: argparse.Namespace) -> int:
         )
     if options.out.exists():
         raise FileExistsError(f"`--out` must be a folder that is not there yet, got {str(options.out)!r}.")
-    held_out, _ = run.logits("held_out")
-    classes = held_out.shape[-1]
+    held_out = run.logits("held_out")
+    exits, _, classes = held_out[0].shape
     policy: policies.Policy = policies.Budget(1)  # of a network with one exit
-    if len(held_out) > 1:
+    if exits > 1:
         name = options.policy or ("entropy" if classes > 1 else "patience")
-        policy = policies.calibrate(kind_of(name, classes), held_out, options.speed_up)
+        policy = policies.calibrate(policy_of(name, held_out), held_out[0], options.speed_up)
     with quiet(True):
         model = MultiExitEncoder.from_pretrained(run.folder / MODEL)
         model.config.policy = policies.to_dict(policy)
         model.save_pretrained(options.out)
     model.tokenizer.save_pretrained(options.out)
-    outcome = outcome_of(policy, run.logits("test"), run.result["costs"], judge_of(run.config))
+    outcome = outcome_of(policy, run.logits("test"), run.costs, judge_of(run.config))
     print(f"{options.out}: {policy}")
     print(
         f"on development rows: {run.result['main']} {outcome.score:.3f} at {outcome.speed_up:.2f}x in layers,"

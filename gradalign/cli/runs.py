@@ -77,6 +77,8 @@ def _train(options: argparse.Namespace) -> int:
         run = Run(options.out or Path("runs") / f"{method.replace(':', '-')}-seed{seed}")
     with quiet(config.kind == "text"), processes.joined(settings.device_of(options)) as device:
         first = processes.rank() == 0
+        if not options.resume:
+            processes.on_first(run.check_new, device)  # before the data are read, which can take long
         workload = workload_of(config, device)
         if not options.resume:
             processes.on_first(lambda: Run.create(run.folder, config), device)
@@ -136,31 +138,25 @@ def _compare(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from gradalign.multiexit import policies
-    from gradalign.multiexit.evaluation import at_speed_up
+    from gradalign.multiexit.evaluation import POLICIES, REGRESSION, at_speed_up, policy_of
     from gradalign.multiexit.files import write_json
     from gradalign.multiexit.runs import Run
     from gradalign.multiexit.workloads import judge_of
 
     run = Run.open(options.run)
     result, judge = run.result, judge_of(run.config)
-    held_out, _ = run.logits("held_out")
-    test = run.logits("test")
-    costs, scores = result["costs"], result[f"test_{result['main']}"]
+    held_out, test = run.logits("held_out"), run.logits("test")
+    scores = result[f"test_{result['main']}"]
     print(f"{run.config.method}: test {result['main']} of each exit")
-    for number, (score, cost) in enumerate(zip(scores, costs, strict=False), 1):
+    for number, (score, cost) in enumerate(zip(scores, run.costs.exits, strict=True), 1):
         print(f"  exit {number:2}: {score:.3f}, {cost / 1e6:.2f} M MACs")
     print("policies, calibrated on held-out rows, on test rows")
     outcomes = []
-    regression = held_out.shape[-1] == 1
-    kinds = (
-        (policies.Budget(1), policies.Patience(1, tolerance=0.1))
-        if regression
-        else (policies.Budget(1), policies.Entropy(0.0), policies.MaxProbability(1.0), policies.Patience(1))
-    )
-    for policy in kinds:
-        for wanted in (speed_up for speed_up in _SPEED_UPS if speed_up <= len(held_out)):
-            outcome = at_speed_up(policy, held_out, test, wanted, costs, judge)
+    exits, _, classes = held_out[0].shape
+    for name in POLICIES if classes > 1 else REGRESSION:
+        policy = policy_of(name, held_out)
+        for wanted in (speed_up for speed_up in _SPEED_UPS if speed_up <= exits):
+            outcome = at_speed_up(policy, held_out[0], test, wanted, run.costs, judge)
             outcomes.append({"wanted": wanted, **asdict(outcome), "policy": repr(outcome.policy)})
             print(
                 f"  {wanted}x: {result['main']} {outcome.score:.3f} at {outcome.speed_up:.2f}x in layers,"

@@ -158,7 +158,7 @@ def _at_score(run: Run, wanted: float) -> Outcome | None:
     held_out, test = run.logits("held_out"), run.logits("test")
     if held_out[0].shape[-1] == 1:
         return None
-    return at_score(policies.Entropy(0.0), held_out, test, wanted, run.result["costs"], judge_of(run.config))
+    return at_score(policies.Entropy(0.0), held_out, test, wanted, run.costs, judge_of(run.config))
 
 
 def _record(row: Row) -> Mapping[str, object]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +15,7 @@ from gradalign.errors import missing_extra
 from gradalign.multiexit import data as images
 from gradalign.multiexit.configs import ImageConfig
 from gradalign.multiexit.data import ImageData
+from gradalign.multiexit.evaluation import Costs
 from gradalign.multiexit.files import replace_file
 from gradalign.multiexit.inference import evaluating
 from gradalign.multiexit.metrics import exit_accuracies, exit_macs
@@ -108,11 +110,12 @@ class ImageWorkload(Workload):
         model = self.config.make_model(self.data.num_classes, self.data.in_channels)
         return self.depth(model), exit_macs(model, self.data.image_size, heads=False)[-1]
 
-    def costs(self, model: nn.Module) -> Sequence[float]:
-        """Return the multiply-accumulates of an image up to each exit with all heads, and last of the bare network."""
-        network = cast(MultiExitResNet, model)
-        size = self.data.image_size
-        return (*exit_macs(network, size), exit_macs(network, size, heads=False)[-1])
+    def costs(self, model: nn.Module) -> Costs:
+        """Return the multiply-accumulates of an image, which has one size."""
+        network, size = cast(MultiExitResNet, model), self.data.image_size
+        exits, trunk = exit_macs(network, size), exit_macs(network, size, heads=False)
+        heads = [cost - layers for cost, layers in zip(exits[:-1], trunk[:-1], strict=True)]  # of all up to there
+        return Costs(exits, [after - before for before, after in pairwise([0, *heads])])
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the weights to model.safetensors."""

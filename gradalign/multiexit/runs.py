@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gradalign.errors import missing_extra
 from gradalign.multiexit.configs import Config, config_of
+from gradalign.multiexit.evaluation import Costs
 from gradalign.multiexit.files import read_json, replace_file, write_json
 
 try:
@@ -50,11 +51,7 @@ class Run:
             FileExistsError: The folder holds a run already; it is left as it is.
         """
         run = cls(folder)
-        if run.exists:
-            raise FileExistsError(
-                f"`out` must be a folder without a run, got {str(folder)!r}, which holds one;"
-                f" continue it with --resume {folder}, or name another folder."
-            )
+        run.check_new()
         run.folder.mkdir(parents=True, exist_ok=True)
         write_json(run.folder / "config.json", config.to_dict())
         return run
@@ -127,6 +124,15 @@ class Run:
         result: dict[str, Any] = read_json(self.folder / "result.json")
         return result
 
+    @property
+    def costs(self) -> Costs:
+        """The multiply-accumulates of a finished run's network.
+
+        Raises:
+            FileNotFoundError: The run is not finished.
+        """
+        return Costs(**self.result["costs"])
+
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Write what the run goes on from, whole or not at all."""
         replace_file(self.folder / "checkpoint.pt", lambda path: torch.save(dict(state), path))
@@ -173,6 +179,14 @@ class Run:
         file.truncate(size)
         file.seek(size)
         return file
+
+    def check_new(self) -> None:
+        """Raise FileExistsError if the folder holds a run."""
+        if self.exists:
+            raise FileExistsError(
+                f"`out` must be a folder without a run, got {str(self.folder)!r}, which holds one;"
+                f" continue it with --resume {self.folder}, or name another folder."
+            )
 
     def check_finished(self) -> None:
         """Raise FileNotFoundError unless the run has been trained to its end."""

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import IO, Any
 
 import torch
@@ -111,8 +112,8 @@ class _Training:
         """Make network, optimizer and schedule of a stage, from the network as the stage before left it."""
         if steps_before is not None:
             self.stages_done.append(steps_before)
-            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         stage, config = self.method.stages[number], self.config
+        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False) if stage.taught else None
         self.model = stage.prepare(self.work.make_model() if stage.begins_anew else self.model, config.settings)
         trained = list(stage.trains(self.model))
         self.model.requires_grad_(False)
@@ -222,9 +223,11 @@ class _Training:
             nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.config.clip)
         self.optimizer.step()
         # Weighted like the gradients: what is written is of the whole batch.
-        values = {name: float(processes.mean(loss.detach())) for name, loss in parts.items()}
-        right = None if labels.is_floating_point() else exit_accuracies(logits.detach(), labels)
-        self._write_step(rate, values, None if right is None else processes.mean(right * (share * ranks)))
+        right = None if labels.is_floating_point() else exit_accuracies(logits.detach(), labels) * (share * ranks)
+        several = [loss.detach().float() for loss in parts.values()]
+        means = processes.mean(torch.stack([*several, *(() if right is None else right)]))
+        values = dict(zip(parts, means.tolist(), strict=False))
+        self._write_step(rate, values, None if right is None else means[len(parts) :])
         return values
 
     def _seen(self, logits: Tensor, labels: Tensor, inputs: Inputs, states: Tensor | None) -> Step:
@@ -333,7 +336,7 @@ class _Training:
                 "steps": sum(stages),
                 "stages": stages,
                 "seconds": self.seconds,
-                "costs": list(self.work.costs(model)),
+                "costs": asdict(self.work.costs(model)),
                 "depth": self.work.depth(model),
                 "whole_depth": whole_depth,
                 "whole_cost": whole_cost,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradalign.multiexit.configs import Config, ImageConfig, TextConfig
+from gradalign.multiexit.evaluation import Costs
 from gradalign.multiexit.inference import Inputs
 
 SplitName = Literal["held_out", "test"]
@@ -84,8 +85,8 @@ class Workload(ABC):
         """Return the layers of the network without exits that the run began with, and its multiply-accumulates."""
 
     @abstractmethod
-    def costs(self, model: nn.Module) -> Sequence[float]:
-        """Return the multiply-accumulates of a row up to each exit with all heads, and last of the bare network."""
+    def costs(self, model: nn.Module) -> Costs:
+        """Return the multiply-accumulates of a test row, the mean where they differ."""
 
     @abstractmethod
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -49,7 +49,7 @@ def test_the_speed_up_is_at_the_first_methods_held_out_accuracy(compared):
         wanted = float((logits[-1].argmax(-1) == labels).double().mean())
         run = Run.open(folder / f"{row.method}-seed{row.seed}")
         own, test = run.logits("held_out"), run.logits("test")
-        expected = at_score(policies.Entropy(0.0), own, test, wanted, run.result["costs"], judge_of(SMALL))
+        expected = at_score(policies.Entropy(0.0), own, test, wanted, run.costs, judge_of(SMALL))
         assert row.equal == expected
         if expected is not None:  # chosen on held-out images, told of test images
             decision = expected.policy.decide(test[0])

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from gradalign.multiexit import metrics, policies
-from gradalign.multiexit.evaluation import at_score, at_speed_up
+from gradalign.multiexit.evaluation import POLICIES, REGRESSION, Costs, at_score, at_speed_up, policy_of
 
 
 def logits_and_labels(seed, rows=60, exits=5, classes=3):
@@ -18,16 +19,14 @@ def logits_and_labels(seed, rows=60, exits=5, classes=3):
     return noise + 0.9 * depth * torch.nn.functional.one_hot(labels, classes), labels
 
 
-COSTS = (10, 20, 30, 40, 50, 45)
+COSTS = Costs((11, 22, 33, 44, 55), (1, 1, 1, 1))  # ten a layer, one a head, five that of the last
 
 
 def accuracy(answers, labels):
     return float((answers == labels).double().mean())
 
 
-@pytest.mark.parametrize(
-    "policy", [policies.Budget(1), policies.Entropy(0.0), policies.MaxProbability(1.0), policies.Patience(1)]
-)
+@pytest.mark.parametrize("policy", [policies.Entropy(0.0), policies.MaxProbability(1.0), policies.Patience(1)])
 @pytest.mark.parametrize("wanted", [1.5, 2.0])
 def test_at_speed_up_is_the_calibrated_policy_on_test_rows(policy, wanted):
     held_out, _ = logits_and_labels(0)
@@ -37,8 +36,45 @@ def test_at_speed_up_is_the_calibrated_policy_on_test_rows(policy, wanted):
     decision = outcome.policy.decide(test)
     assert outcome.score == pytest.approx(float((decision.labels == labels).float().mean()))
     assert outcome.speed_up == metrics.speed_up(decision.exits, 5)
-    # The bare network costs 45 a row; a row that left at exit m cost COSTS[m - 1].
-    assert outcome.mac_speed_up == pytest.approx(45 * 60 / sum(COSTS[exit - 1] for exit in decision.exits.tolist()))
+    # The bare network costs 51 a row; a row that left at exit m ran m layers and m heads.
+    assert outcome.mac_speed_up == pytest.approx(51 * 60 / sum(11 * exit for exit in decision.exits.tolist()))
+
+
+def test_heads_that_a_policy_does_not_look_at_cost_nothing():
+    held_out, test = logits_and_labels(0), logits_and_labels(1)
+    outcome = at_speed_up(policies.Budget(1), held_out[0], test, 5 / 3, COSTS, accuracy)
+    assert outcome.policy == policies.Budget(3)
+    assert outcome.mac_speed_up == pytest.approx(51 / 31)
+    whole = at_speed_up(policies.Budget(1), held_out[0], test, 1.0, COSTS, accuracy)
+    assert whole.mac_speed_up == 1.0
+
+
+def test_policies_by_name():
+    held_out = logits_and_labels(0)
+    assert [type(policy_of(name, held_out)).__name__ for name in POLICIES[:5]] == [
+        "Budget",
+        "Patience",
+        "Entropy",
+        "MaxProbability",
+        "PatientConfidence",
+    ]
+    for name in POLICIES[5:]:
+        calibrated = policy_of(name, held_out)
+        assert calibrated.policy == policy_of(name.removeprefix("calibrated-"), held_out)
+        assert_close(torch.tensor(calibrated.temperatures).double(), policies.calibrate_temperatures(*held_out))
+    with pytest.raises(ValueError, match=r"^`policy` must be .*patience.*, got 'hope'"):
+        policy_of("hope", held_out)
+
+
+def test_policies_of_regression_need_no_classes():
+    held_out = (torch.randn(4, 6, 1), torch.randn(6))
+    assert policy_of("patience", held_out) == policies.Patience(1, tolerance=0.1)
+    for name in POLICIES:
+        if name in REGRESSION:
+            at_speed_up(policy_of(name, held_out), held_out[0], held_out, 2.0, Costs((1, 2, 3, 4), (0, 0, 0)), accuracy)
+        else:
+            with pytest.raises(ValueError, match=rf"^The policy {name} must have classes to choose among"):
+                policy_of(name, held_out)
 
 
 def test_at_score_is_the_fastest_setting_that_is_good_enough_on_held_out_rows():

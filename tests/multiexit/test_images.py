@@ -54,9 +54,10 @@ def test_logits_leave_the_mode_and_come_in_the_rows_order():
     assert_close(logits[:, 300:310], expected)
 
 
-def test_costs_end_with_those_of_the_bare_network():
+def test_costs_are_of_exits_and_heads():
     workload = work()
     model = workload.make_model()
     costs = workload.costs(model)
-    assert costs[:3] == exit_macs(model, 8)
-    assert costs[3] == exit_macs(MultiExitResNet(depth=8, in_channels=1, exits=[]), 8)[0] < costs[2]
+    assert costs.exits == exit_macs(model, 8)
+    assert costs.heads == [16 * 16 * 10, 32 * 16 * 10]
+    assert costs.bare == exit_macs(MultiExitResNet(depth=8, in_channels=1, exits=[]), 8)[0]

@@ -43,6 +43,11 @@ def reproduce(name: str, order: Order, *, training: bool = True) -> list[Path]:
         raise ValueError(f"`tasks` must be left out for {name}, which is on images, got {', '.join(order.tasks)}.")
     if order.methods and not piece.compares:
         raise ValueError(f"`methods` must be left out for {name}, which has its own, got {', '.join(order.methods)}.")
+    for setting in piece.sets:
+        if setting in order.settings:
+            raise ValueError(
+                f"`{setting}` must be left out for {name}, which goes through its own, got {order.settings[setting]}."
+            )
     needed = piece.needs(order)
     order.folder.mkdir(parents=True, exist_ok=True)
     if training:

@@ -166,4 +166,6 @@ def _depths(
 
 FIGURE3 = Piece("angles between the gradients at every step", _figure3_needs, _figure3)
 FIGURE4 = Piece("score by depth, budgeted exiting", _figure4_needs, _figure4)
-FIGURE5 = Piece("networks fine-tuned to a layer alone: over-thinking", _figure5_needs, _figure5, compares=False)
+FIGURE5 = Piece(
+    "networks fine-tuned to a layer alone: over-thinking", _figure5_needs, _figure5, compares=False, sets=("pair_exit",)
+)

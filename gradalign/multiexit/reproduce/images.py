@@ -7,7 +7,7 @@ from pathlib import Path
 from gradalign.multiexit.configs import Config
 from gradalign.multiexit.reproduce import published
 from gradalign.multiexit.reproduce.drawing import draw_table
-from gradalign.multiexit.reproduce.judged import policy_of
+from gradalign.multiexit.reproduce.judged import served_by
 from gradalign.multiexit.reproduce.orders import Order, Piece
 from gradalign.multiexit.reproduce.tables import Cell, Table
 from gradalign.multiexit.reproduce.text_tables import SPEEDS, how, judge, speed_cells
@@ -34,7 +34,7 @@ def _make(order: Order, path: Path) -> list[Path]:
     column = f"accuracy on {ours}"
     for method in _methods(order):
         configs = [order.images(method, seed) for seed in order.seeds]
-        scored = judge(order, configs, policy_of(method), speed)
+        scored = judge(order, configs, served_by(method), speed)
         speed_up, accuracy = published.TABLE8.get(method, {}).get(theirs, (None, None))
         wanted = len(order.seeds)
         rows.append(

@@ -1,6 +1,6 @@
 """What a finished run is worth under a policy set to the paper's speed-up.
 
-Shapes: M exits, N rows, C classes.
+Shapes: M exits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from gradalign.multiexit import policies
-from gradalign.multiexit.evaluation import at_speed_up
+from gradalign.multiexit.evaluation import at_speed_up, policy_of
 from gradalign.multiexit.files import read_json, write_json
 from gradalign.multiexit.inference import MultiExitModel, Policy, early_exit
 from gradalign.multiexit.runs import Run
@@ -23,13 +23,6 @@ TIMED_ROWS = 64
 FULL = "full"
 """The policy that has all rows leave at the last exit."""
 _WARM_UP = 3  # rows that are run before any is timed
-_TOLERANCE = 0.1  # at which two exits agree in regression, in the unit of the labels
-
-POLICIES: dict[str, Policy] = {
-    "patience": policies.Patience(1),
-    "entropy": policies.Entropy(0.0),
-    "max-probability": policies.MaxProbability(1.0),
-}
 _OF_METHODS = {"deebert": "entropy", "shallow-deep": "max-probability", "single": FULL}
 
 
@@ -52,7 +45,7 @@ class Judged:
     policy: str
 
 
-def policy_of(method: str) -> str:
+def served_by(method: str) -> str:
     """Return the name of the policy that a method's paper serves it with: patience unless it says otherwise."""
     return _OF_METHODS.get(method, "patience")
 
@@ -64,48 +57,31 @@ def judged(run: Run, policy: str, device: torch.device | str, wanted: float = WA
 
     Args:
         run: A finished run.
-        policy: A name of ``POLICIES``, or ``FULL``.
+        policy: A name of ``evaluation.POLICIES``, or ``FULL``.
         device: Where seconds are measured.
         wanted: Speed-up in layers on held-out rows that the policy is set to; M where there are fewer exits.
 
     Raises:
         ValueError: The policy needs classes, and the task is a regression.
     """
-    result, test = run.result, run.logits("test")
-    M, _, C = test[0].shape
+    result, test, held_out = run.result, run.logits("test"), run.logits("held_out")
+    M = len(test[0])
     full = policy == FULL or M == 1
     path = run.folder / f"judged-{FULL if full else f'{policy}-{wanted}'}.json"
     if path.is_file():
         return Judged(**read_json(path))
-    kind = policies.Budget(M) if full else kind_of(policy, C)
-    outcome = at_speed_up(
-        kind, run.logits("held_out")[0], test, 1.0 if full else min(wanted, M), result["costs"], judge_of(run.config)
-    )
-    # At full depth the heads on the way are not run.
-    macs = result["whole_cost"] / result["costs"][-1] * (1.0 if full else outcome.mac_speed_up)
+    kind = policy_of("budget" if full else policy, held_out)
+    outcome = at_speed_up(kind, held_out[0], test, 1.0 if full else min(wanted, M), run.costs, judge_of(run.config))
     workload = workload_of(run.config, device)
     found = Judged(
         100 * outcome.score,
         outcome.speed_up * result["whole_depth"] / result["depth"],
-        macs,
-        1.0 if run.config.method == "single" else seconds_saved(run, outcome.policy, workload),
+        outcome.mac_speed_up * result["whole_cost"] / run.costs.bare,
+        1.0 if full and result["depth"] == result["whole_depth"] else seconds_saved(run, outcome.policy, workload),
         repr(outcome.policy),
     )
     write_json(path, asdict(found))
     return found
-
-
-def kind_of(policy: str, classes: int) -> Policy:
-    """Return the policy of this name, yet to be set, for so many classes; 1 is regression.
-
-    Raises:
-        ValueError: The policy needs classes, and there is one output alone.
-    """
-    if classes > 1:
-        return POLICIES[policy]
-    if policy != "patience":
-        raise ValueError(f"The policy {policy} must have classes to choose among, got a regression; take patience.")
-    return policies.Patience(1, tolerance=_TOLERANCE)
 
 
 def seconds_saved(run: Run, policy: Policy, workload: Workload) -> float:

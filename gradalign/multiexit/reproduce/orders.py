@@ -96,6 +96,7 @@ class Piece:
         make: Makes of the finished ones what there is to see, and returns the files.
         kind: Of the runs: "text" or "images".
         compares: Whether it takes ``Order.methods``.
+        sets: Settings that it decides itself.
     """
 
     summary: str
@@ -103,3 +104,4 @@ class Piece:
     make: Callable[[Order, Path], list[Path]]
     kind: str = "text"
     compares: bool = True
+    sets: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from pathlib import Path
 from gradalign.multiexit.configs import Config
 from gradalign.multiexit.reproduce import published
 from gradalign.multiexit.reproduce.drawing import draw_table
-from gradalign.multiexit.reproduce.judged import FULL, TIMED_ROWS, WANTED, Judged, judged, policy_of
+from gradalign.multiexit.reproduce.judged import FULL, TIMED_ROWS, WANTED, Judged, judged, served_by
 from gradalign.multiexit.reproduce.orders import Order, Piece
 from gradalign.multiexit.reproduce.tables import Cell, Table
 from gradalign.multiexit.runs import Run
@@ -59,9 +59,9 @@ def judge(order: Order, configs: Sequence[Config], policy: str, wanted: float = 
     return [judged(run, policy, order.device, wanted) for run in order.finished(configs)]
 
 
-def _policy_of(method: str, task: str) -> str:
+def _served_by(method: str, task: str) -> str:
     """Return the name of a method's policy on a task; in regression, where exits have no entropy, patience."""
-    policy = policy_of(method)
+    policy = served_by(method)
     return policy if policy == FULL or glue.task(task).labels else "patience"
 
 
@@ -137,7 +137,7 @@ def _table2(order: Order, path: Path) -> list[Path]:
     tasks, rows = _table2_tasks(order), []
     for method in _table2_methods(order):
         speed_up, papers = published.TABLE2.get(method, (None, {}))
-        of_tasks = {task: judge(order, _seeds(order, method, task), _policy_of(method, task)) for task in tasks}
+        of_tasks = {task: judge(order, _seeds(order, method, task), _served_by(method, task)) for task in tasks}
         cells = [Cell([row.score for row in of_tasks[task]], len(order.seeds), papers.get(task)) for task in tasks]
         every = [row for of_task in of_tasks.values() for row in of_task]
         rows.append((method, [*cells, *speed_cells(every, len(order.seeds) * len(tasks), speed_up, "runs")]))
@@ -163,7 +163,7 @@ def _table3(order: Order, path: Path) -> list[Path]:
         for alpha in _ALPHAS:
             cells = []
             for method in methods:
-                scored = judge(order, _seeds(order, method, task, alpha=alpha), _policy_of(method, task))
+                scored = judge(order, _seeds(order, method, task, alpha=alpha), _served_by(method, task))
                 paper = published.TABLE3.get((method, alpha)) if task == "cola" else None
                 cells.append(Cell([row.score for row in scored], len(order.seeds), paper))
             rows.append((f"{task}, alpha {alpha}", cells))
@@ -234,8 +234,10 @@ def _table5(order: Order, path: Path) -> list[Path]:
     return [*table.write(path), draw_table(table, tasks, path)]
 
 
-TABLE1 = Piece("a pair of exits that learn from each other", _table1_needs, _table1, compares=False)
+TABLE1 = Piece(
+    "a pair of exits that learn from each other", _table1_needs, _table1, compares=False, sets=("pair_exit",)
+)
 TABLE2 = Piece("methods under dynamic exiting", _table2_needs, _table2)
-TABLE3 = Piece("the weight of the distillation, with and without alignment", _table3_needs, _table3)
+TABLE3 = Piece("the weight of the distillation, with and without alignment", _table3_needs, _table3, sets=("alpha",))
 TABLE4 = Piece("steps and seconds until training stops", _table4_needs, _table4)
 TABLE5 = Piece("other exit policies", _table5_needs, _table5, compares=False)

@@ -6,7 +6,7 @@ Shapes: n rows, L tokens, H hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Family:
         pooler: Names the linear layer of the pretrained pooler in the checkpoints, None where there is none.
         arguments: Of the model's class, beside its configuration.
         takes_types: The embeddings take token types.
+        unused: Counts the positions of a configuration that no token has.
     """
 
     layers: Callable[[Any], list[nn.Module]]
@@ -39,6 +40,7 @@ class Family:
     pooler: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     takes_types: bool = True
+    unused: Callable[[PretrainedConfig], int] = lambda config: 0
 
 
 def _stack(backbone: Any) -> Any:  # noqa: ANN401 (a module of transformers)
@@ -58,7 +60,8 @@ def _albert_layers(backbone: Any) -> list[nn.Module]:  # noqa: ANN401
 _BERT = Family(_listed, pooler="pooler.dense", arguments={"add_pooling_layer": False})
 FAMILIES: Mapping[str, Family] = {
     "bert": _BERT,
-    "roberta": _BERT,
+    # RoBERTa counts positions from after that of its padding.
+    "roberta": replace(_BERT, unused=lambda config: int(config.pad_token_id) + 1),
     "albert": Family(
         _albert_layers,
         project=lambda backbone: backbone.encoder.embedding_hidden_mapping_in,
@@ -78,9 +81,8 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def longest(config: PretrainedConfig) -> int:
-    """Return how many tokens a row may have; RoBERTa counts positions from after that of its padding."""
-    positions = int(config.max_position_embeddings)
-    return positions - int(config.pad_token_id) - 1 if config.model_type == "roberta" else positions
+    """Return how many tokens a row may have."""
+    return int(config.max_position_embeddings) - family_of(config).unused(config)
 
 
 def make(config: PretrainedConfig, attention: str | None) -> PreTrainedModel:

@@ -6,7 +6,7 @@ Shapes: M exits, N rows, C classes, L tokens.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from gradalign.errors import missing_extra
 from gradalign.multiexit.configs import TextConfig
+from gradalign.multiexit.evaluation import Costs
 from gradalign.multiexit.inference import evaluating
 from gradalign.multiexit.text import backbones, glue, scores
 from gradalign.multiexit.text.batches import Encoded, collate, encode, epoch_order, in_order
@@ -23,7 +24,7 @@ from gradalign.multiexit.text.encoder import MultiExitEncoder
 from gradalign.multiexit.workloads import SplitName, Workload, generator
 
 try:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 except ImportError as error:
     raise missing_extra("transformers", "text") from error
 
@@ -48,12 +49,12 @@ class TextWorkload(Workload):
         self.exit = str(config.exit)  # the method's own where none was given
         part = {} if config.folds is None else {"folds": config.folds, "fold": config.fold}
         data = glue.load(config.task, config.data_dir, max_train=config.max_train, **part)
-        self.tokenizer = _tokenizer(config.backbone)
+        self.tokenizer, self.backbone = _read(config.backbone)
         self.train, self.held_out, self.test = (
             encode(split, self.tokenizer, config.max_length) for split in (data.train, data.held_out, data.dev)
         )
         longest = max(int(rows.lengths.max()) for rows in (self.train, self.held_out, self.test))
-        limit = backbones.longest(AutoConfig.from_pretrained(config.backbone))
+        limit = backbones.longest(self.backbone)
         if longest > limit:
             raise ValueError(
                 f"`max_length` must be at most {limit}, what the backbone takes, got rows of {longest} tokens."
@@ -71,8 +72,7 @@ class TextWorkload(Workload):
                     config.backbone, num_labels=self.task.num_classes, exit=self.exit, dtype=torch.float32
                 )
             else:
-                backbone = AutoConfig.from_pretrained(config.backbone)
-                model = MultiExitEncoder.from_config(backbone, num_labels=self.task.num_classes, exit=self.exit)
+                model = MultiExitEncoder.from_config(self.backbone, num_labels=self.task.num_classes, exit=self.exit)
         if self.task.labels:
             model.config.id2label = dict(enumerate(self.task.labels))
             model.config.label2id = {label: number for number, label in enumerate(self.task.labels)}
@@ -142,20 +142,21 @@ class TextWorkload(Workload):
     def whole(self) -> tuple[int, float]:
         """Return the layers of the backbone, and the mean multiply-accumulates of a test row with its last exit."""
         with torch.device("meta"):
-            backbone = AutoConfig.from_pretrained(self.config.backbone)
-            model = MultiExitEncoder.from_config(backbone, num_labels=self.task.num_classes, exit=self.exit, exits=[])
-        return self.depth(model), self.costs(model)[-1]
+            model = MultiExitEncoder.from_config(
+                self.backbone, num_labels=self.task.num_classes, exit=self.exit, exits=[]
+            )
+        return self.depth(model), self.costs(model).bare
 
-    def costs(self, model: nn.Module) -> Sequence[float]:
-        """Return the mean multiply-accumulates of a test row up to each exit, and last of the network without exits."""
+    def costs(self, model: nn.Module) -> Costs:
+        """Return the multiply-accumulates of a test row, the mean over their lengths."""
         encoder = cast(MultiExitEncoder, model)
         lengths, counts = self.test.lengths.unique(return_counts=True)
-        total = torch.zeros(encoder.num_exits + 1, dtype=torch.float64)
+        total = torch.zeros(2, encoder.num_exits, dtype=torch.float64)
         for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
-            macs = (*encoder.exit_macs(length), encoder.exit_macs(length, heads=False)[-1])
+            macs = [encoder.exit_macs(length), encoder.exit_macs(length, heads=False)]
             total += count * torch.tensor(macs, dtype=torch.float64)
-        mean: list[float] = (total / len(self.test)).tolist()
-        return mean
+        exits, alone = total / len(self.test)
+        return Costs(exits.tolist(), (exits - alone).diff().tolist())
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the network and its tokenizer to a folder model."""
@@ -179,9 +180,10 @@ class TextWorkload(Workload):
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}, split.labels[rows].to(self.device)
 
 
-def _tokenizer(backbone: str) -> Any:  # noqa: ANN401 (of transformers)
+def _read(backbone: str) -> tuple[Any, PretrainedConfig]:
+    """Return the tokenizer and the configuration of a backbone."""
     try:
-        return AutoTokenizer.from_pretrained(backbone)
+        return AutoTokenizer.from_pretrained(backbone), AutoConfig.from_pretrained(backbone)
     except (OSError, ValueError) as error:  # several lines, of which the first says what is wrong
         reason = str(error).strip().splitlines()[0].rstrip(".:, ")
         raise ValueError(

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from gradalign.multiexit import attempts, policies
+from gradalign.multiexit.evaluation import policy_of
 from gradalign.multiexit.reproduce import Order, published, reproduce
 from gradalign.multiexit.reproduce import images as of_images
-from gradalign.multiexit.reproduce.judged import POLICIES, judged
+from gradalign.multiexit.reproduce.judged import judged
 from gradalign.multiexit.text.workload import TextWorkload
 from tests.multiexit.reproduce.pieces import PIECES, order_of
 
@@ -117,14 +118,15 @@ def test_table_2_is_of_calibrated_policies_on_development_rows(text, made):
         for task, main in (("sst-2", lambda a, y: (a == y).float().mean()), ("mrpc", accuracy_and_f1)):
             scores = []
             for run in runs_of(text, method, task):
-                held_out, (logits, labels) = run.logits("held_out")[0], run.logits("test")
-                policy = policies.calibrate(POLICIES["entropy" if method == "deebert" else "patience"], held_out, 1.95)
+                held_out, (logits, labels) = run.logits("held_out"), run.logits("test")
+                kind = policy_of("entropy" if method == "deebert" else "patience", held_out)
+                policy = policies.calibrate(kind, held_out[0], 1.95)
                 exits = policy(logits)
                 answers = logits.argmax(-1)[exits - 1, torch.arange(24)]
                 scores.append(100 * float(main(answers, labels)))
                 layers.append(4 * 24 / int(exits.sum()))
-                costs = torch.tensor(run.result["costs"], dtype=torch.float64)
-                macs.append(float(24 * costs[-1] / costs[exits - 1].sum()))
+                costs = torch.tensor(run.costs.exits, dtype=torch.float64)
+                macs.append(float(24 * run.costs.bare / costs[exits - 1].sum()))
             assert mean(cells, method, task) == pytest.approx(statistics.fmean(scores))
             assert float(cells[method, task]["paper"]) == published.TABLE2[method][1][task]
         assert mean(cells, method, "layers x") == pytest.approx(statistics.fmean(layers))
@@ -150,7 +152,7 @@ def test_networks_with_one_answer_run_at_full_depth(text, made):
     (half, _) = runs_of(text, "bert-6l")
     assert half.logits("test")[0].shape[0] == 1
     assert mean(cells, "bert-6l", "layers x") == pytest.approx(2.0)  # two layers of four
-    costs = [run.result["whole_cost"] / run.result["costs"][-1] for run in runs_of(text, "bert-6l")]
+    costs = [run.result["whole_cost"] / run.costs.bare for run in runs_of(text, "bert-6l")]
     assert 1.5 < costs[0] < 2.1
     assert mean(cells, "bert-6l", "MACs x") == pytest.approx(statistics.fmean(costs), rel=0.02)
 
@@ -209,7 +211,7 @@ def test_table_8_is_at_the_papers_speed_up(images):
     for method in ("joint", "gaml-soft"):
         layers = []
         for run in images.finished([images.images(method, seed) for seed in (0, 1)]):
-            policy = policies.calibrate(POLICIES["patience"], run.logits("held_out")[0], 1.30)
+            policy = policies.calibrate(policies.Patience(1), run.logits("held_out")[0], 1.30)
             layers.append(3 * 20 / int(policy(run.logits("test")[0]).sum()))
         assert mean(cells, method, "layers x") == pytest.approx(statistics.fmean(layers))
         assert float(cells[method, "accuracy on shades"]["paper"]) == published.TABLE8[method]["cifar-10"][1]
@@ -264,6 +266,11 @@ def test_orders_are_checked(text):
         Order(text.folder, seeds=())
     with pytest.raises(ValueError, match="`methods` must be left out for table1, which has its own, got ml"):
         reproduce("table1", replace(text, methods=("ml",)))
+    for name, setting in (("table1", "pair_exit"), ("table3", "alpha"), ("figure5", "pair_exit")):
+        with pytest.raises(
+            ValueError, match=f"`{setting}` must be left out for {name}, which goes through its own, got 1"
+        ):
+            reproduce(name, replace(text, settings={**text.settings, setting: 1}))
     with pytest.raises(ValueError, match="`tasks` must be left out for table8, which is on images, got sst-2"):
         reproduce("table8", text)
     with pytest.raises(ValueError, match=r"`name` must be one of .* got 'table7'"):

@@ -120,7 +120,12 @@ def test_costs_are_means_over_development_rows(small):
     lengths = workload.test.lengths.tolist()
     of_exits = torch.tensor([model.exit_macs(length) for length in lengths], dtype=torch.float64).mean(0)
     bare = torch.tensor([model.exit_macs(n, heads=False)[-1] for n in lengths], dtype=torch.float64).mean()
-    assert workload.costs(model) == pytest.approx([*of_exits.tolist(), float(bare)])
+    costs = workload.costs(model)
+    assert costs.exits == pytest.approx(of_exits.tolist())
+    heads = torch.tensor([[head.macs(n) for head in model.heads] for n in lengths], dtype=torch.float64).mean(0)
+    pooler = 0 if model.pooler is None else model.pooler.dense.weight.numel()
+    assert costs.heads == pytest.approx((heads[:-1] + pooler).tolist())
+    assert costs.bare == pytest.approx(float(bare))
     assert workload.whole() == (3, pytest.approx(float(bare)))
 
 

@@ -98,7 +98,7 @@ METHODS = (
     Method(
         "distilbert",
         "every other layer of the fine-tuned encoder, which teaches them: its logits, at temperature 2",
-        (FINE_TUNING, Stage(taught, weighted_sum, prepare=every_other_layer)),
+        (FINE_TUNING, Stage(taught, weighted_sum, prepare=every_other_layer, taught=True)),
         Settings(alpha=0.5, temperature=2.0),
         kinds=("text",),
     ),
@@ -109,7 +109,9 @@ METHODS = (
         "the first half of the pretrained layers, taught by the fine-tuned encoder: its logits and every other layer",
         (
             FINE_TUNING,
-            Stage(patiently_taught, patient_sum, forward=first_tokens, prepare=first_layers, begins_anew=True),
+            Stage(
+                patiently_taught, patient_sum, forward=first_tokens, prepare=first_layers, taught=True, begins_anew=True
+            ),
         ),
         Settings(alpha=0.5, temperature=10.0),
         kinds=("text",),

@@ -77,7 +77,7 @@ def test_interrupts_in_each_stage_change_no_bit(name, patience, tmp_path, monkey
         assert (whole.folder / file).read_bytes() == (run.folder / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if STAGES[name] == 2])
+@pytest.mark.parametrize("name", ["distilbert", "bert-pkd"])
 def test_the_teacher_is_the_fine_tuned_encoder(name, tmp_path, monkeypatch):
     seen = tiny.states(monkeypatch)
     tiny.trained(tmp_path / "run", name)
@@ -91,3 +91,10 @@ def test_the_teacher_is_the_fine_tuned_encoder(name, tmp_path, monkeypatch):
     tuned = teacher.state_dict()
     assert all(torch.equal(start[key], new[key.replace("heads.0.", "heads.3.")]) for key in start)
     assert not any(torch.equal(start[key], tuned[key]) for key in trains if key.endswith("weight"))
+
+
+def test_no_teacher_is_kept_where_none_is_asked(tmp_path, monkeypatch):
+    seen = tiny.states(monkeypatch)
+    run, _ = tiny.trained(tmp_path / "run", "theseus")
+    assert [teacher for *_, teacher in seen] == [None, None]
+    assert run.load_checkpoint()["teacher"] is None

@@ -7,6 +7,7 @@ import transformers
 
 from gradalign.multiexit import MultiExitEncoder, training
 from gradalign.multiexit.configs import TextConfig
+from gradalign.multiexit.evaluation import Costs
 from gradalign.multiexit.inference import evaluating
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.training import train
@@ -95,7 +96,7 @@ class Tokens(Workload):
         return self.shape["layers"], 1.0
 
     def costs(self, model):
-        return model.exit_macs(6)
+        return Costs(model.exit_macs(6), [0.0] * (model.num_exits - 1))
 
     def save(self, model, folder):
         model.save_pretrained(folder / "model")
