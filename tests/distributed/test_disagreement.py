@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gradalign import GradientAligner
+from gradalign.collectors.agreement import telling
 from tests.distributed import processes
 from tests.distributed.small import WIDTH, Net
 
@@ -253,3 +254,12 @@ def test_errors_before_anything_is_differentiated_are_told(tmp_path):
     assert "`losses['b']` must be" in broken["no tensor"]
     for seen in (healthy, broken):
         assert "must hold the same loss groups" in seen["probe on one rank"]
+
+
+@pytest.mark.parametrize(("error", "told"), [(ValueError, True), (KeyboardInterrupt, False)])
+def test_errors_are_told_and_interrupts_are_not(error, told):
+    """An interrupt can come amid an exchange, where another would mix with it; torchrun interrupts all ranks."""
+    said = []
+    with pytest.raises(error, match=r"^mine$"), telling(lambda: said.append(True)):
+        raise error("mine")
+    assert bool(said) == told

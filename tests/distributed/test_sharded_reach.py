@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from gradalign import GradientAligner
 from tests.distributed import processes
@@ -79,6 +81,48 @@ def test_ranks_that_reach_different_plain_parameters_equal_one_process(outcomes,
                 assert (ours is None) == (theirs is None)
                 assert ours is None or torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
         for ours, theirs in zip(outcome[name]["parameters"], reference["parameters"], strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+class Branches(nn.Module):
+    """Two blocks, the second of which the rows of the first half alone reach."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(4, 8), "down": nn.Linear(8, 4)}) for _ in range(2)
+        ).double()
+
+    def losses(self, step, half):
+        x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + half))
+        first = self.run(0, x)
+        second = self.run(1, first) if half == 0 else first
+        return {"a": first.square().mean(), "b": (second - 1).abs().mean()}
+
+    def run(self, block, x):
+        return self.blocks[block]["down"](torch.tanh(self.blocks[block]["up"](x)))
+
+
+def train_branches(rank, size):
+    model = Branches()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for block in model.blocks:
+        parallelize_module(block, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    for layer in model.blocks[0].values():
+        fully_shard(layer, mesh=mesh["data"])
+    return train(model, "pcgrad", {}, [rank // 2])
+
+
+def test_a_block_cut_over_some_ranks_that_others_alone_reach_equals_one_process(tmp_path):
+    """The half that does not reach the block has zeros of its own parts to average."""
+    reference = train(Branches(), "pcgrad", {}, [0, 1])
+    for outcome in processes.run(train_branches, 4, folder=tmp_path):
+        assert "raised" not in outcome, outcome
+        for here, there in zip(outcome["gradients"], reference["gradients"], strict=True):
+            for ours, theirs in zip(here, there, strict=True):
+                assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+        for ours, theirs in zip(outcome["parameters"], reference["parameters"], strict=True):
             assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
