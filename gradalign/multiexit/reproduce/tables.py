@@ -17,7 +17,7 @@ class Cell:
 
     Attributes:
         ours: One value a finished seed.
-        wanted: How many seeds were asked for.
+        wanted: How many seeds were asked for; 0 where the row has no such number.
         paper: The paper's figure, None where it has none.
         digits: After the point.
         unit: What there is one value of each: seeds, or runs over several tasks.
@@ -33,7 +33,7 @@ class Cell:
         """Return mean ± deviation over the seeds, with those that are missing, and the paper's in brackets."""
         paper = "" if self.paper is None else f" [{self.paper:.{self.digits}f}]"
         if not self.ours:
-            return UNFINISHED + paper
+            return (UNFINISHED if self.wanted else "-") + paper
         spread = f" ± {statistics.stdev(self.ours):.{self.digits}f}" if len(self.ours) > 1 else ""
         missing = "" if len(self.ours) == self.wanted else f" ({len(self.ours)} of {self.wanted} {self.unit})"
         return f"{statistics.fmean(self.ours):.{self.digits}f}{spread}{missing}{paper}"
