@@ -143,7 +143,10 @@ def by_settings(order: Order) -> Table:
                     *(Cell([100 * score for score in exits[exit]] if runs else (), wanted) for exit in (0, 2, -1)),
                     Cell([score for score, _ in found], wanted),
                     Cell([speed_up for _, speed_up in found], wanted, None, 2),
-                    *(Cell([share[kind] for share in shares], wanted if shares else 0, None, 0) for kind in (0, 1)),
+                    *(
+                        Cell([share[kind] for share in shares], 0 if title == "joint" else wanted, None, 0)
+                        for kind in (0, 1)
+                    ),
                 ],
             )
         )
@@ -154,8 +157,8 @@ def by_settings(order: Order) -> Table:
         rows,
         (
             f"Scores on development rows, per cent; early is by entropy, set to {SPEED_UP} on held-out rows. A step"
-            " conflicts where the gradients of cross-entropy and distillation do in any block, and is reversed where a"
-            " weight is below 0. Mean ± deviation over the seeds.",
+            " conflicts where the gradients of cross-entropy and distillation do, and is reversed where a weight is below"
+            " 0 in any block. Mean ± deviation over the seeds.",
         ),
     )
 

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gradalign import GradientAligner
 from gradalign.collectors.directional import DirectionalDerivatives
 from gradalign.collectors.losses import check_losses
+from gradalign.rules import GASoft
 
-FORWARD, DIFFERENCES = "forward-mode", "central-differences"
+WAYS = FORWARD, DIFFERENCES = "forward-mode", "central-differences"
 
 
 class Opaque(torch.autograd.Function):
@@ -199,3 +201,13 @@ BOUNDS = {
     (DIFFERENCES, "autocast"): 0.1,
     (DIFFERENCES, "autocast outside"): 0.1,
 }
+
+
+def wrapped(model, rule=None, lr=0.1, **options):
+    """Return an aligner of SGD on a network, by GA-soft unless another rule is given."""
+    return GradientAligner(torch.optim.SGD(model.parameters(), lr=lr), rule or GASoft(0.4), **options)
+
+
+def finish(way, loss):
+    """Return the loss such that it is differentiated in this way."""
+    return Opaque.apply(loss) if way == DIFFERENCES else loss
