@@ -157,8 +157,8 @@ def by_settings(order: Order) -> Table:
         rows,
         (
             f"Scores on development rows, per cent; early is by entropy, set to {SPEED_UP} on held-out rows. A step"
-            " conflicts where the gradients of cross-entropy and distillation do, and is reversed where a weight is below"
-            " 0 in any block. Mean ± deviation over the seeds.",
+            " conflicts where the gradients of cross-entropy and distillation do, and is reversed where a weight is"
+            " below 0 in any block. Mean ± deviation over the seeds.",
         ),
     )
 

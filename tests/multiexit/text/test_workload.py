@@ -154,6 +154,7 @@ def test_weight_decay_is_for_matrices(small):
     model = work(small).make_model()
     optimizer = work(replace(small, weight_decay=0.125)).make_optimizer(model.parameters(), 0.5)
     assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["fused"]
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {(p.ndim > 1, decay[id(p)]) for p in model.parameters()} == {(True, 0.125), (False, 0.0)}
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
