@@ -78,7 +78,7 @@ class _Training:
         self.watch = watch
         self.run, self.work, self.config = run, workload, workload.config
         self.method = methods.get(self.config.method)
-        self.title = f"{self.config.method} seed {self.config.seed}"
+        self.title = self.config.run_name
         self.model, self.teacher = workload.make_model(), None
         self.stages_done: list[int] = []  # how many steps each took
         self.seconds, metrics_size = 0.0, 0

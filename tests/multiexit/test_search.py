@@ -156,6 +156,8 @@ def test_a_setting_that_diverges_is_told_of_and_the_others_go_on(config, tmp_pat
     trials = list(search(config, trials_of({"learning_rate": [1e30, 3e-3]}), 2, tmp_path))
     assert trials[0].mean is None
     assert trials[1].mean is not None
-    assert "diverged" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{config.method} on sst-2 seed 0 fold 1 of 2 diverged" in said
+    assert f"{config.method} on sst-2 seed 0 fold 2 of 2 diverged" in said
     lines = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
     assert lines == [asdict(trial) for trial in trials]

@@ -110,6 +110,11 @@ class Config:
         raise NotImplementedError
 
     @property
+    def run_name(self) -> str:
+        """What one of several runs is told apart by."""
+        return f"{self.method} seed {self.seed}"
+
+    @property
     def settings(self) -> Settings:
         """What the method takes."""
         return replace(methods.get(self.method).defaults, **{name: getattr(self, name) for name in _FOR_METHODS})

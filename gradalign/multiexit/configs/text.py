@@ -80,3 +80,9 @@ class TextConfig(Config):
     def title(self) -> str:
         """What is trained on what, in a line."""
         return f"MultiExitEncoder of {self.backbone} on {self.task}, {self.epochs} epochs"
+
+    @property
+    def run_name(self) -> str:
+        """What one of several runs is told apart by."""
+        fold = "" if self.folds is None else f" fold {self.fold + 1} of {self.folds}"
+        return f"{self.method} on {self.task} seed {self.seed}{fold}"

@@ -257,7 +257,7 @@ def test_a_run_that_diverges_is_left_out(text, tmp_path, monkeypatch, capsys):
     order = replace(text, folder=tmp_path, methods=("joint",))
     page = reproduce("table4", order)[0].read_text(encoding="utf-8")
     assert "(1 of 2 seeds)" in page
-    assert "joint seed 0 diverged at step 1" in capsys.readouterr().err
+    assert "joint on sst-2 seed 0 diverged at step 1" in capsys.readouterr().err
 
 
 def test_orders_are_checked(text):
