@@ -5,9 +5,8 @@
 
 BACKBONE is a folder with an encoder of 6 layers and its tokenizer, or such a name on the hub; GLUE holds SST-2, RTE and
 MRPC as TSV. Trained are the methods of table 2 on the three tasks, and on SST-2 what can be set about gradient
-alignment; runs lie in --runs, what is finished is taken as it is, and a stop loses nothing. About four hours a seed on
-two CPU cores. Written are evidence.md with all tables, evidence.json with how they were made and what each run came
-to, and the histograms of figure 3.
+alignment; runs lie in --runs, what is finished is taken as it is, and a stop loses nothing. Written are evidence.md
+with all tables, evidence.json with how they were made and what each run came to, and the histograms of figure 3.
 """
 
 from __future__ import annotations
@@ -55,6 +54,7 @@ ALIGNED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """What is set about the alignment on SST-2: a title to the method and the settings that are not SETTINGS."""
 REDUCTIONS = ("mean", "sum")
 SPEED_UP = 1.95
+_SHOWN = (0, 2, -1)  # exits, in the table of settings
 
 
 def configs_of(order: Order, method: str, task: str, changed: Mapping[str, Any]) -> list[Config]:
@@ -140,7 +140,7 @@ def by_settings(order: Order) -> Table:
                 title,
                 [
                     Cell([mean_score(run) for run in runs], wanted),
-                    *(Cell([100 * score for score in exits[exit]] if runs else (), wanted) for exit in (0, 2, -1)),
+                    *(Cell([100 * score for score in exits[exit]] if runs else (), wanted) for exit in _SHOWN),
                     Cell([score for score, _ in found], wanted),
                     Cell([speed_up for _, speed_up in found], wanted, None, 2),
                     *(
@@ -218,6 +218,8 @@ def main() -> None:
     paths = {"backbone": options.backbone, "data_dir": options.data_dir}
     paths = {name: str(Path(path).resolve()) if Path(path).exists() else path for name, path in paths.items()}
     order = Order(options.runs, TASKS, METHODS, range(options.seeds), {**SETTINGS, **paths}, options.device)
+    if order.depth(TASKS[0]) <= max(_SHOWN):
+        raise ValueError(f"`--backbone` must have {max(_SHOWN) + 1} layers at least, got {order.depth(TASKS[0])}.")
     if not options.no_train:
         order.train(PIECES["table2"].needs(order))
         order.train([config for configs in variants(order).values() for config in configs])
@@ -225,11 +227,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     recorded = record(options.device)
     table2 = reproduce("table2", order, training=False)[0].read_text(encoding="utf-8")
-    how = f"{recorded['device name']}, {recorded['machine']}, torch {recorded['torch']}, commit {recorded['commit']}"
+    how = f"at commit {recorded['commit']}, {recorded['device name']}, {recorded['machine']}, torch {recorded['torch']}"
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in SETTINGS.items())
     tables = (table2, by_entropy(order).markdown(), by_settings(order).markdown())
     page = [
         f"```\n{recorded['command']}\n```\n",
-        f"{how}.\n",
+        f"Tables made {how}; runs that were finished were taken as they were.\n",
+        f"All runs: {settings}; the rest is the command line's default. So all methods have exits of the same kind.\n",
         *(text.replace("# ", "## ", 1) for text in tables),
         *figure3(order, out),
     ]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,22 @@ def test_evaluate_judges_exits_and_every_policy(folder, capsys):
     for number, accuracy in enumerate(accuracies, 1):
         assert f"exit {number:2}: {accuracy:.3f}" in out
     assert len(json.loads((folder / "evaluation.json").read_text())["policies"]) == 16
+
+
+def test_a_run_of_an_earlier_version_is_named(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "run")
+    result = json.loads((copy / "result.json").read_text())
+    (copy / "result.json").write_text(json.dumps(result | {"costs": [1.0, 2.0]}))
+    assert cli.main(["evaluate", str(copy)]) == 1
+    said = capsys.readouterr()
+    assert "`run` must have the costs of exits and heads in its result, got" in said.err
+    assert said.out == ""
+
+
+def test_a_folder_with_a_run_is_refused_before_the_data_are_read(folder, tmp_path, capsys):
+    (tmp_path / "broken.npz").write_bytes(b"")
+    assert cli.main(["train", "--data", str(tmp_path / "broken.npz"), "--out", str(folder)]) == 1
+    assert "`out` must be a folder without a run" in capsys.readouterr().err
 
 
 def test_plot_draws_again(folder, capsys):

@@ -49,12 +49,12 @@ def _export(options: argparse.Namespace) -> int:
     if exits > 1:
         name = options.policy or ("entropy" if classes > 1 else "patience")
         policy = policies.calibrate(policy_of(name, held_out), held_out[0], options.speed_up)
+    outcome = outcome_of(policy, run.logits("test"), run.costs, judge_of(run.config))
     with quiet(True):
         model = MultiExitEncoder.from_pretrained(run.folder / MODEL)
         model.config.policy = policies.to_dict(policy)
         model.save_pretrained(options.out)
     model.tokenizer.save_pretrained(options.out)
-    outcome = outcome_of(policy, run.logits("test"), run.costs, judge_of(run.config))
     print(f"{options.out}: {policy}")
     print(
         f"on development rows: {run.result['main']} {outcome.score:.3f} at {outcome.speed_up:.2f}x in layers,"

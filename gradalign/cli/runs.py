@@ -146,9 +146,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     run = Run.open(options.run)
     result, judge = run.result, judge_of(run.config)
     held_out, test = run.logits("held_out"), run.logits("test")
-    scores = result[f"test_{result['main']}"]
+    costs, scores = run.costs, result[f"test_{result['main']}"]
     print(f"{run.config.method}: test {result['main']} of each exit")
-    for number, (score, cost) in enumerate(zip(scores, run.costs.exits, strict=True), 1):
+    for number, (score, cost) in enumerate(zip(scores, costs.exits, strict=True), 1):
         print(f"  exit {number:2}: {score:.3f}, {cost / 1e6:.2f} M MACs")
     print("policies, calibrated on held-out rows, on test rows")
     outcomes = []
@@ -156,7 +156,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     for name in POLICIES if classes > 1 else REGRESSION:
         policy = policy_of(name, held_out)
         for wanted in (speed_up for speed_up in _SPEED_UPS if speed_up <= exits):
-            outcome = at_speed_up(policy, held_out[0], test, wanted, run.costs, judge)
+            outcome = at_speed_up(policy, held_out[0], test, wanted, costs, judge)
             outcomes.append({"wanted": wanted, **asdict(outcome), "policy": repr(outcome.policy)})
             print(
                 f"  {wanted}x: {result['main']} {outcome.score:.3f} at {outcome.speed_up:.2f}x in layers,"

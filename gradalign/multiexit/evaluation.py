@@ -55,7 +55,7 @@ def policy_of(name: str, held_out: Rows) -> Policy:
     if name == "patience":
         return policies.Patience(1, tolerance=_TOLERANCE if regression else None)
     if regression:
-        raise ValueError(f"The policy {name} must have classes to choose among, got a regression; take patience.")
+        raise ValueError(f"`policy` must be {' or '.join(REGRESSION)} for a regression, got {name!r}.")
     if name in _CONFIDENCE:
         return _CONFIDENCE[name]
     temperatures = tuple(policies.calibrate_temperatures(logits, labels).tolist())

@@ -130,8 +130,15 @@ class Run:
 
         Raises:
             FileNotFoundError: The run is not finished.
+            ValueError: It is of an earlier version, which did not tell the heads' costs apart.
         """
-        return Costs(**self.result["costs"])
+        found = self.result["costs"]
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"`run` must have the costs of exits and heads in its result, got {str(self.folder)!r}, a run of an"
+                " earlier version with those of exits alone; delete the folder and train again."
+            )
+        return Costs(**found)
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Write what the run goes on from, whole or not at all."""

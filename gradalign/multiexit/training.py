@@ -24,6 +24,7 @@ from gradalign.multiexit.files import plain
 from gradalign.multiexit.inference import Inputs
 from gradalign.multiexit.interrupts import Interrupted, catch_interrupt
 from gradalign.multiexit.methods import Stage, Step
+from gradalign.multiexit.methods.networks import frozen_modules
 from gradalign.multiexit.metrics import exit_accuracies
 from gradalign.multiexit.records import alignment
 from gradalign.multiexit.runs import Run
@@ -113,13 +114,13 @@ class _Training:
         if steps_before is not None:
             self.stages_done.append(steps_before)
         stage, config = self.method.stages[number], self.config
-        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False) if stage.taught else None
+        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False) if stage.has_teacher else None
         self.model = stage.prepare(self.work.make_model() if stage.begins_anew else self.model, config.settings)
         trained = list(stage.trains(self.model))
         self.model.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
-        self.frozen = _frozen(self.model)
+        self.frozen = frozen_modules(self.model)
         self.optimizer = GradientAligner(
             self.work.make_optimizer(trained, config.learning_rate * stage.learning_rate),
             stage.rule(config.settings),
@@ -343,10 +344,3 @@ class _Training:
                 **scores,
             }
         )
-
-
-def _frozen(module: nn.Module, inside: bool = False) -> list[nn.Module]:
-    """Return the modules whose parameters are all frozen, with the parameterless ones, dropout say, that they hold."""
-    parameters = list(module.parameters())
-    frozen = not any(p.requires_grad for p in parameters) if parameters else inside
-    return [*([module] if frozen else []), *(part for child in module.children() for part in _frozen(child, frozen))]

@@ -67,13 +67,24 @@ def test_policies_by_name():
 
 
 def test_policies_of_regression_need_no_classes():
-    held_out = (torch.randn(4, 6, 1), torch.randn(6))
-    assert policy_of("patience", held_out) == policies.Patience(1, tolerance=0.1)
+    steps = torch.tensor([0.0, 1.0, 1.05, 1.1])  # the second, third and fourth exit agree: rows leave at the third
+    held_out = (steps.view(4, 1, 1).expand(4, 6, 1), torch.randn(6))
+    costs = Costs((1, 2, 3, 4), (0, 0, 0))
+    expected = {"budget": policies.Budget(2), "patience": policies.Patience(1, tolerance=0.1)}
+
+    def judge(answers, labels):
+        return -float((answers - labels).square().mean())
+
     for name in POLICIES:
         if name in REGRESSION:
-            at_speed_up(policy_of(name, held_out), held_out[0], held_out, 2.0, Costs((1, 2, 3, 4), (0, 0, 0)), accuracy)
+            outcome = at_speed_up(policy_of(name, held_out), held_out[0], held_out, 2.0, costs, judge)
+            assert outcome.policy == expected[name]
+            assert outcome.speed_up == 4 * 6 / outcome.policy(held_out[0]).sum()
+            assert outcome.score == judge(outcome.policy.decide(held_out[0]).labels, held_out[1])
         else:
-            with pytest.raises(ValueError, match=rf"^The policy {name} must have classes to choose among"):
+            with pytest.raises(
+                ValueError, match=f"^`policy` must be budget or patience for a regression, got '{name}'"
+            ):
                 policy_of(name, held_out)
 
 

@@ -73,7 +73,8 @@ class Step:
             into checkpoints.
         model: The network in training.
         inputs: What it was run on.
-        teacher: The network as the stage before left it, frozen and in evaluation mode; None where none is taught.
+        teacher: The network as the stage before left it, frozen and in evaluation mode; None unless the stage
+            ``has_teacher``.
         states: What the stage's ``forward`` gave beside the logits, None where it gave these alone.
     """
 
@@ -122,7 +123,7 @@ class Stage:
         forward: Runs the network and returns logits: (M, B, C), or those of the exits that the losses need; or a pair
             of them and of ``states``, which the step then holds.
         prepare: Makes the network of this stage of that of the stage before; for a first stage, of a new one.
-        taught: Keep the network as the stage before left it, frozen, as the steps' teacher.
+        has_teacher: Keep the network as the stage before left it, frozen, as the steps' teacher.
         begins_anew: Give ``prepare`` the network that the run began with in place of that of the stage before.
         epochs: Of the stage, in units of the run's.
         learning_rate: Of the stage, in units of the run's.
@@ -135,7 +136,7 @@ class Stage:
     trains: Callable[[nn.Module], Iterable[nn.Parameter]] = everything
     forward: Callable[[nn.Module, Inputs, Settings], Tensor | tuple[Tensor, Tensor]] = run
     prepare: Callable[[nn.Module, Settings], nn.Module] = unchanged
-    taught: bool = False
+    has_teacher: bool = False
     begins_anew: bool = False
     epochs: float = 1.0
     learning_rate: float = 1.0

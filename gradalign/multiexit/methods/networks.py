@@ -76,3 +76,11 @@ def some_exits(model: nn.Module, inputs: Inputs, exits: Sequence[int]) -> Tensor
 def last_exit(model: nn.Module, inputs: Inputs, settings: Settings) -> Tensor:
     """Return the logits of the last exit alone, (1, B, C)."""
     return some_exits(model, inputs, (layered(model).num_exits,))
+
+
+def frozen_modules(module: nn.Module, inside: bool = False) -> list[nn.Module]:
+    """Return the modules whose parameters are all frozen, with the parameterless ones, dropout say, that they hold."""
+    parameters = list(module.parameters())
+    frozen = not any(p.requires_grad for p in parameters) if parameters else inside
+    inner = [part for child in module.children() for part in frozen_modules(child, frozen)]
+    return [module, *inner] if frozen else inner

@@ -77,7 +77,7 @@ def judged(run: Run, policy: str, device: torch.device | str, wanted: float = WA
         100 * outcome.score,
         outcome.speed_up * result["whole_depth"] / result["depth"],
         outcome.mac_speed_up * result["whole_cost"] / run.costs.bare,
-        1.0 if full and result["depth"] == result["whole_depth"] else seconds_saved(run, outcome.policy, workload),
+        1.0 if policy == FULL else seconds_saved(run, outcome.policy, workload),  # the same network
         repr(outcome.policy),
     )
     write_json(path, asdict(found))

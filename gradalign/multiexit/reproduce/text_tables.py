@@ -41,7 +41,7 @@ def how(wanted: float, policies: str = _EACH_ITS_POLICY) -> str:
         f"{policies} A policy's setting is the one whose speed-up in layers is nearest"
         f" {wanted} on held-out rows, and patience has few settings. Speed-ups are over the network that training began"
         f" with, all its layers run, on the rows of the scores; seconds row by row on the first {TIMED_ROWS}, without"
-        " tokenisation."
+        " tokenisation, and 1 for single, which is that network."
     )
 
 

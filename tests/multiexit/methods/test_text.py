@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from gradalign import GradientAligner
-from gradalign.multiexit import methods, training
+from gradalign.multiexit import methods
 from gradalign.multiexit.methods import Settings, Step
+from gradalign.multiexit.methods.networks import frozen_modules
 
 transformers = pytest.importorskip("transformers")
 encoder = pytest.importorskip("gradalign.multiexit.text.encoder")
@@ -74,10 +75,10 @@ def test_an_exits_own_pooler_trains_with_it():
 
 def test_dropout_is_active_where_the_network_trains_and_only_there():
     model = made()
-    assert training._frozen(model) == []
+    assert frozen_modules(model) == []
     model.requires_grad_(False)
     model.heads[0].requires_grad_(True)
-    frozen = {id(module) for module in training._frozen(model)}
+    frozen = {id(module) for module in frozen_modules(model)}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout):
             assert (id(module) in frozen) == (not name.startswith("heads.0"))

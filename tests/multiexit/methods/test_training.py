@@ -14,6 +14,7 @@ from gradalign.multiexit import data, methods, training
 from gradalign.multiexit.configs import ImageConfig
 from gradalign.multiexit.data import Split
 from gradalign.multiexit.images import ImageWorkload, learning_rate
+from gradalign.multiexit.methods.networks import frozen_modules
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.training import Interrupted, train
 from tests.multiexit.methods.small import small
@@ -218,10 +219,10 @@ def test_turns_and_draws_go_on_to_the_bit(method, digits, tmp_path, monkeypatch)
 def test_dropout_is_frozen_where_what_it_belongs_to_is():
     model = small(2, dropout=0.5)
     model.norm = nn.BatchNorm1d(6, affine=False)
-    assert training._frozen(model) == []
+    assert frozen_modules(model) == []
     model.requires_grad_(False)
     model.heads[0].requires_grad_(True)
-    frozen = training._frozen(model)
+    frozen = frozen_modules(model)
     named = {name for name, module in model.named_modules() if any(module is part for part in frozen)}
     assert named == {
         "backbone", "backbone.0", "backbone.0.0", "backbone.0.1", "backbone.0.2", "backbone.1", "backbone.1.0",

@@ -24,7 +24,7 @@ def written(tmp_path_factory):
         patch.setattr(
             evidence, "ALIGNED", {"ml": ("ml", {}), "soft by layers": ("gaml-soft", {"granularity": "layer"})}
         )
-        patch.setattr(evidence, "SETTINGS", {"epochs": 1, "batch_size": 10, "learning_rate": 3e-3, "alpha": 0.8})
+        patch.setattr(evidence, "SETTINGS", {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "alpha": 0.97})
         paths = [str(backbone(folder / "encoder", layers=3)), str(glue(folder / "glue", train=24, dev=24))]
         options = ["--backbone", paths[0], "--data-dir", paths[1], "--runs", str(folder / "runs")]
         options += ["--seeds", "2", "--out", str(folder / "out")]
@@ -42,6 +42,10 @@ def cells_of(text, title):
     lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     table = [[cell.strip() for cell in line] for line in lines]
     return {row[0]: dict(zip(table[0][1:], row[1:], strict=True)) for row in table[2:]}
+
+
+def is_of_table_2(run, method):
+    return (run["method"], run["reduction"], run["granularity"]) == (method, "mean", "global")
 
 
 def number(cell):
@@ -99,6 +103,28 @@ def test_tables_are_of_the_runs(written):
     assert cells_of(page, "Settings of the alignment")["joint"]["conflicting steps, %"] == "-"
 
 
+def test_conflicts_are_of_all_parameters_and_reversals_of_any_block(written):
+    runs, out, _ = written
+    folders = [folder for folder in runs.glob("runs/sst-2/gaml-soft-*") if Run.open(folder).config.reduction == "sum"]
+    steps = [list(Run.open(folder).metrics("step")) for folder in folders]
+    assert len(steps) == 2
+    reversed_steps = [[min(min(block) for block in step["weights"]) < 0 for step in of_run] for of_run in steps]
+    conflicting = [[step["cosines"][0][1] < 0 for step in of_run] for of_run in steps]
+    expected = [100 * statistics.fmean(map(statistics.fmean, several)) for several in (conflicting, reversed_steps)]
+    assert expected[1] > 0
+    page = (out / "evidence.md").read_text(encoding="utf-8")
+    row = cells_of(page, "Settings of the alignment")["soft by layers, sum"]
+    shown = [number(row[f"{kind} steps, %"]) for kind in ("conflicting", "reversed")]
+    assert shown == pytest.approx(expected, abs=0.51)
+    recorded = json.loads((out / "evidence.json").read_text(encoding="utf-8"))["runs"]
+    shares = [
+        run["conflicting and reversed steps, %"]
+        for run in recorded
+        if (run["method"], run["reduction"]) == ("gaml-soft", "sum")
+    ]
+    assert [statistics.fmean(share) for share in zip(*shares, strict=True)] == pytest.approx(expected)
+
+
 def test_entropy_serves_all_methods_of_table_2(written):
     _, out, _ = written
     page = (out / "evidence.md").read_text(encoding="utf-8")
@@ -108,6 +134,11 @@ def test_entropy_serves_all_methods_of_table_2(written):
             of_task = [run for run in recorded if (run["method"], run["task"]) == (method, task)]
             early = statistics.fmean(run["early by entropy"]["score"] for run in of_task)
             assert number(cells[f"{task}, early"]) == pytest.approx(early, abs=0.06)
+            exits = [100 * statistics.fmean(run["development"]) for run in of_task]
+            assert number(cells[f"{task}, mean of exits"]) == pytest.approx(statistics.fmean(exits), abs=0.06)
+        layers = [run["early by entropy"]["layers"] for run in recorded if is_of_table_2(run, method)]
+        assert len(layers) == 4
+        assert number(cells["layers x"]) == pytest.approx(statistics.fmean(layers), abs=0.006)
 
 
 def test_pictures_are_written_and_shown(written):

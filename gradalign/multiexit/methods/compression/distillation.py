@@ -98,7 +98,7 @@ METHODS = (
     Method(
         "distilbert",
         "every other layer of the fine-tuned encoder, which teaches them: its logits, at temperature 2",
-        (FINE_TUNING, Stage(taught, weighted_sum, prepare=every_other_layer, taught=True)),
+        (FINE_TUNING, Stage(taught, weighted_sum, prepare=every_other_layer, has_teacher=True)),
         Settings(alpha=0.5, temperature=2.0),
         kinds=("text",),
     ),
@@ -110,7 +110,12 @@ METHODS = (
         (
             FINE_TUNING,
             Stage(
-                patiently_taught, patient_sum, forward=first_tokens, prepare=first_layers, taught=True, begins_anew=True
+                patiently_taught,
+                patient_sum,
+                forward=first_tokens,
+                prepare=first_layers,
+                has_teacher=True,
+                begins_anew=True,
             ),
         ),
         Settings(alpha=0.5, temperature=10.0),
