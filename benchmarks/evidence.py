@@ -202,12 +202,14 @@ def outcomes(order: Order) -> list[dict[str, Any]]:
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", required=True)
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1")
-    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder of the runs")
+    parser.add_argument("--backbone", required=True, help="folder or name of an encoder")
+    parser.add_argument("--data-dir", required=True, help="folder of the GLUE tasks' folders")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/evidence"), help="folder of the runs (default: runs/evidence)"
+    )
     parser.add_argument("--no-train", action="store_true", help="make it of the runs that are finished")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write results into this folder; printed if left out")
     return parser.parse_args(arguments)
 

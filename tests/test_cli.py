@@ -12,6 +12,8 @@ import pytest
 
 import gradalign
 from gradalign import cli
+from gradalign.multiexit import policies
+from gradalign.multiexit.evaluation import POLICIES
 from gradalign.multiexit.runs import Run
 
 SMALL = ["--depth", "8", "--exits", "1,2", "--epochs", "1", "--batch-size", "64", "--learning-rate", "0.05"]
@@ -41,15 +43,26 @@ def test_train_writes_a_run_and_says_where(folder, tmp_path, capsys, monkeypatch
 def test_evaluate_judges_exits_and_every_policy(folder, capsys):
     assert cli.main(["evaluate", str(folder)]) == 0
     out = capsys.readouterr().out
-    for policy in ("Budget", "Entropy", "MaxProbability", "PatientConfidence"):
-        assert out.count(f" {policy}(") == 2
-        assert out.count(f" Calibrated(policy={policy}(") == (0 if policy == "Budget" else 2)
-    assert out.count(" Patience(") == 2
+    for policy in POLICIES:
+        assert out.count(f"\n  {policy} ") == 2
+    assert out.count("x in MACs, threshold ") == 12
+    assert out.count("x in MACs, exit ") == out.count("x in MACs, patience ") == 2
+    assert "temperatures" not in out
     assert out.count("1.5x:") == out.count("2.0x:") == 8
     accuracies = json.loads((folder / "result.json").read_text())["test_accuracy"]
     for number, accuracy in enumerate(accuracies, 1):
         assert f"exit {number:2}: {accuracy:.3f}" in out
-    assert len(json.loads((folder / "evaluation.json").read_text())["policies"]) == 16
+    written = json.loads((folder / "evaluation.json").read_text())["policies"]
+    assert len(written) == 16
+    assert all(isinstance(policies.from_dict(one["policy"]), policies.Policy) for one in written)
+
+
+def test_a_reader_that_goes_away_is_no_error(folder):
+    command = [sys.executable, "-m", "gradalign.cli", "evaluate", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_a_run_of_an_earlier_version_is_named(folder, tmp_path, capsys):

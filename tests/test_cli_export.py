@@ -41,6 +41,7 @@ def test_a_network_is_served_with_its_policy(trained, name, tmp_path, capsys):
     out = tmp_path / "served"
     assert cli.main(["export", str(folder), "--policy", name, "--speed-up", "1.5", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
+    assert "x in layers, the nearest to 1.5x that there is" in printed
     run, model = Run.open(folder), MultiExitEncoder.from_pretrained(out)
     policy = policies.from_dict(model.config.policy)
     held_out = run.logits("held_out")
@@ -62,6 +63,18 @@ def test_what_makes_no_sense_is_named(trained, tmp_path, capsys):
     assert cli.main(["export", str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 1
     assert "`run` must be one on text" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_with_one_exit_takes_no_policy(trained, tmp_path, capsys):
+    folder, _ = trained
+    options = ["--task", "sst-2", "--data-dir", str(folder.parent), "--backbone", str(folder.parent / "backbone")]
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert cli.main(["train", *options, "--epochs", "1", "--method", "layerdrop", "--out", str(run)]) == 0
+    assert cli.main(["export", str(run), "--policy", "entropy", "--out", str(out)]) == 1
+    assert "`--policy` must be left out for a network with one exit, got entropy" in capsys.readouterr().err
+    assert not out.exists()
+    assert cli.main(["export", str(run), "--out", str(out)]) == 0
+    assert MultiExitEncoder.from_pretrained(out).predict(["a film"])[0].exit == 1
 
 
 def test_a_run_without_its_network_is_named(trained, tmp_path, capsys):

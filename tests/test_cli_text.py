@@ -34,7 +34,7 @@ def test_every_method_trains(method, small, tmp_path, capsys):
     folder = tmp_path / "run"
     assert cli.main(["train", "--task", "sst-2", "--method", method, "--out", str(folder), *small]) == 0
     out = capsys.readouterr()
-    assert f"{method}: test accuracy of the exits" in out.out
+    assert f"{method}: development accuracy of the exits" in out.out
     assert "Loading weights" not in out.err
     assert "Writing model shards" not in out.err
     run = Run.open(folder)

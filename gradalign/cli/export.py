@@ -25,7 +25,7 @@ def add_commands(commands: settings.Commands) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from gradalign.multiexit import policies
+    from gradalign.multiexit import metrics, policies
     from gradalign.multiexit.configs import TextConfig
     from gradalign.multiexit.evaluation import outcome_of, policy_of
     from gradalign.multiexit.runs import Run
@@ -46,6 +46,8 @@ def _export(options: argparse.Namespace) -> int:
     held_out = run.logits("held_out")
     exits, _, classes = held_out[0].shape
     policy: policies.Policy = policies.Budget(1)  # of a network with one exit
+    if exits == 1 and options.policy:
+        raise ValueError(f"`--policy` must be left out for a network with one exit, got {options.policy}.")
     if exits > 1:
         name = options.policy or ("entropy" if classes > 1 else "patience")
         policy = policies.calibrate(policy_of(name, held_out), held_out[0], options.speed_up)
@@ -56,6 +58,9 @@ def _export(options: argparse.Namespace) -> int:
         model.save_pretrained(options.out)
     model.tokenizer.save_pretrained(options.out)
     print(f"{options.out}: {policy}")
+    if exits > 1:
+        nearest = metrics.speed_up(policy(held_out[0]), exits)
+        print(f"on held-out rows: {nearest:.2f}x in layers, the nearest to {options.speed_up:g}x that there is")
     print(
         f"on development rows: {run.result['main']} {outcome.score:.3f} at {outcome.speed_up:.2f}x in layers,"
         f" {outcome.mac_speed_up:.2f}x in MACs"

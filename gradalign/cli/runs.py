@@ -13,6 +13,7 @@ from gradalign.cli.quiet import quiet
 from gradalign.cli.watching import require_tensorboard, tensorboard
 
 if TYPE_CHECKING:
+    from gradalign.multiexit.inference import Policy
     from gradalign.multiexit.runs import Run
 
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
@@ -97,7 +98,7 @@ def _say_trained(run: Run) -> None:
     from gradalign.multiexit.figures import plot_run
 
     result = run.result
-    print(f"{run.config.method}: test {result['main']} of the exits, first to last")
+    print(f"{run.config.method}: {run.config.judged_on} {result['main']} of the exits, first to last")
     print("  " + " ".join(f"{score:.3f}" for score in result[f"test_{result['main']}"]))
     print(f"{result['steps']} steps in {result['seconds']:.0f} s; pictures:")
     for path in plot_run(run):
@@ -118,7 +119,7 @@ def _compare(options: argparse.Namespace) -> int:
         return say_interrupted(stop.step, "the same command")
     text = table(rows)
     (options.out / "comparison.md").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{config.title}, test rows:\n\n{text}\n")
+    print(f"\n{config.title}, {config.judged_on} rows:\n\n{text}\n")
     print(
         "speed-up: layers saved by an entropy policy that is as good on held-out rows as the last exit of"
         f" {options.methods[0]}; - where none is."
@@ -140,6 +141,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     from gradalign.multiexit.evaluation import POLICIES, REGRESSION, at_speed_up, policy_of
     from gradalign.multiexit.files import write_json
+    from gradalign.multiexit.policies import to_dict
     from gradalign.multiexit.runs import Run
     from gradalign.multiexit.workloads import judge_of
 
@@ -147,23 +149,31 @@ def _evaluate(options: argparse.Namespace) -> int:
     result, judge = run.result, judge_of(run.config)
     held_out, test = run.logits("held_out"), run.logits("test")
     costs, scores = run.costs, result[f"test_{result['main']}"]
-    print(f"{run.config.method}: test {result['main']} of each exit")
+    print(f"{run.config.method}: {run.config.judged_on} {result['main']} of each exit")
     for number, (score, cost) in enumerate(zip(scores, costs.exits, strict=True), 1):
         print(f"  exit {number:2}: {score:.3f}, {cost / 1e6:.2f} M MACs")
-    print("policies, calibrated on held-out rows, on test rows")
     outcomes = []
     exits, _, classes = held_out[0].shape
+    if exits > 1:
+        print(f"policies, calibrated on held-out rows, on {run.config.judged_on} rows")
     for name in POLICIES if classes > 1 else REGRESSION:
         policy = policy_of(name, held_out)
         for wanted in (speed_up for speed_up in _SPEED_UPS if speed_up <= exits):
             outcome = at_speed_up(policy, held_out[0], test, wanted, costs, judge)
-            outcomes.append({"wanted": wanted, **asdict(outcome), "policy": repr(outcome.policy)})
+            outcomes.append({"wanted": wanted, **asdict(outcome), "policy": to_dict(outcome.policy)})
             print(
-                f"  {wanted}x: {result['main']} {outcome.score:.3f} at {outcome.speed_up:.2f}x in layers,"
-                f" {outcome.mac_speed_up:.2f}x in MACs, {outcome.policy}"
+                f"  {name:{max(map(len, POLICIES))}} {wanted}x: {result['main']} {outcome.score:.3f} at"
+                f" {outcome.speed_up:.2f}x in layers, {outcome.mac_speed_up:.2f}x in MACs, {_setting(outcome.policy)}"
             )
     write_json(run.folder / "evaluation.json", {f"test_{result['main']}": scores, "policies": outcomes})
     return 0
+
+
+def _setting(policy: Policy) -> str:
+    """Return what calibration chose of a policy."""
+    own = getattr(policy, "policy", policy)  # of a calibrated one, that inside
+    name = next(name for name in ("threshold", "exit", "patience") if hasattr(own, name))
+    return f"{name} {getattr(own, name):.3g}"
 
 
 def _plot(options: argparse.Namespace) -> int:

@@ -58,7 +58,7 @@ def compare(
         config: What the runs share; its method and seed are replaced, and what it leaves open is each method's own.
         methods: The methods; the score of the first one's last exit is what the others' speed-up is measured at.
         seeds: The seeds.
-        folder: Holds a folder for each run, named METHOD-seedN, and comparison.json.
+        folder: Holds a folder for each run, named METHOD-seedN with - for a colon, and comparison.json.
         device: Where to compute.
 
     Raises:
@@ -102,7 +102,7 @@ def runs_of(rows: Sequence[Row], folder: Path) -> dict[str, list[Run]]:
 
 
 def _folder_of(folder: Path, method: str, seed: int) -> Path:
-    return folder / f"{method}-seed{seed}"
+    return folder / f"{method.replace(':', '-')}-seed{seed}"
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -77,9 +77,9 @@ def _draw(path: Path, panels: Sequence[Runs], draw: Callable[[Axes, Runs], None]
 
 
 def _depth_scores(axis: Axes, runs: Runs) -> None:
-    main = next(iter(runs.values()))[0].result["main"]
+    first = next(iter(runs.values()))[0]
     draw_depths(axis, {method: [_scores(run) for run in of_method] for method, of_method in runs.items()})
-    axis.set_ylabel(f"test {main}")
+    axis.set_ylabel(f"{first.config.judged_on} {first.result['main']}")
 
 
 def draw_depths(axis: Axes, curves: Mapping[str, Sequence[Sequence[float]]], title: str = "") -> None:

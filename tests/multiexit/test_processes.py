@@ -94,7 +94,7 @@ def test_torchrun(config, tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test accuracy of the exits") == 1
+    assert done.stdout.count("development accuracy of the exits") == 1
     run = Run.open(tmp_path / "run")
     assert run.finished
     assert len(list(run.metrics("step"))) == 3

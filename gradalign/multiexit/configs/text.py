@@ -82,6 +82,11 @@ class TextConfig(Config):
         return f"MultiExitEncoder of {self.backbone} on {self.task}, {self.epochs} epochs"
 
     @property
+    def judged_on(self) -> str:
+        """Whose rows a run's scores at its end are of: GLUE keeps the labels of its test rows to itself."""
+        return "development"
+
+    @property
     def run_name(self) -> str:
         """What one of several runs is told apart by."""
         fold = "" if self.folds is None else f" fold {self.fold + 1} of {self.folds}"

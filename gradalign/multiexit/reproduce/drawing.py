@@ -24,14 +24,17 @@ def draw_table(table: Table, columns: Sequence[str], path: Path) -> Path:
             cell = cells[place]
             if cell.ours:
                 axis.plot([min(cell.ours), max(cell.ours)], [line, line], color="C0", linewidth=2, alpha=0.5)
-                axis.plot(statistics.fmean(cell.ours), line, "o", color="C0", label="ours" if line == 0 else None)
+                axis.plot(statistics.fmean(cell.ours), line, "o", color="C0", label="ours")
             if cell.paper is not None:
-                axis.plot(cell.paper, line, "|", color="C1", markersize=12, label="the paper" if line == 0 else None)
+                axis.plot(cell.paper, line, "|", color="C1", markersize=12, label="the paper")
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.set_title(column)
         axis.grid(alpha=0.3)
         axis.label_outer()
+    entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
     file = path.with_suffix(".png")
     figure.savefig(file, dpi=120)
     return file

@@ -184,6 +184,8 @@ class TextWorkload(Workload):
 
 def _read(backbone: str) -> tuple[Any, PretrainedConfig]:
     """Return the tokenizer and the configuration of a backbone."""
+    if Path(backbone).is_absolute() and not Path(backbone).is_dir():  # the hub's word on it would be of names
+        raise FileNotFoundError(f"`backbone` must be a folder that is there, or a name on the hub, got {backbone!r}.")
     try:
         return AutoTokenizer.from_pretrained(backbone), AutoConfig.from_pretrained(backbone)
     except (OSError, ValueError) as error:  # several lines, of which the first says what is wrong
