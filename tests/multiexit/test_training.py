@@ -149,6 +149,15 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on_bit_for_bit(method, digits, tmp
     assert same_files(whole, run)
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Python's own handler, for a shell has what it starts in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_while_results_are_written_ends_the_run_and_is_made_up_for(digits, tmp_path, monkeypatch):
     whole = trained(tmp_path / "whole", digits)
     run = Run.create(tmp_path / "stopped", SMALL)
