@@ -21,6 +21,7 @@ from provenance import record, write
 
 from gradalign.multiexit.configs import Config
 from gradalign.multiexit.evaluation import at_speed_up, policy_of
+from gradalign.multiexit.records import conflict_shares
 from gradalign.multiexit.reproduce import PIECES, Order, reproduce
 from gradalign.multiexit.reproduce.tables import Cell, Table
 from gradalign.multiexit.runs import Run
@@ -58,16 +59,11 @@ SPEED_UP = 1.95
 _SHOWN = (0, 2, -1)  # exits, in the table of settings
 
 
-def configs_of(order: Order, method: str, task: str, changed: Mapping[str, Any]) -> list[Config]:
-    """Return a method's configurations on a task, one a seed."""
-    return [order.text(method, task, seed, **changed) for seed in order.seeds]
-
-
 def variants(order: Order) -> dict[str, list[Config]]:
     """Return what is compared on the first task: joint training, and each setting by either reduction."""
     task = TASKS[0]
-    return {"joint": configs_of(order, "joint", task, {})} | {
-        f"{title}, {reduction}": configs_of(order, method, task, {**changed, "reduction": reduction})
+    return {"joint": order.each_seed("joint", task)} | {
+        f"{title}, {reduction}": order.each_seed(method, task, **changed, reduction=reduction)
         for reduction in REDUCTIONS
         for title, (method, changed, reductions) in ALIGNED.items()
         if reduction in reductions
@@ -76,13 +72,7 @@ def variants(order: Order) -> dict[str, list[Config]]:
 
 def mean_score(run: Run) -> float:
     """Return the mean of the exits' scores on development rows, per cent."""
-    return 100 * statistics.fmean(scores_of(run))
-
-
-def scores_of(run: Run) -> list[float]:
-    """Return the score of each exit on development rows."""
-    scores: list[float] = run.result[f"test_{run.result['main']}"]
-    return scores
+    return 100 * statistics.fmean(run.scores)
 
 
 def early(run: Run) -> tuple[float, float]:
@@ -94,12 +84,9 @@ def early(run: Run) -> tuple[float, float]:
 
 
 def conflicts(run: Run) -> tuple[float, float] | None:
-    """Return the share of steps whose losses conflict, and of those with a weight below 0; None with one loss."""
-    steps = [step for step in run.metrics("step") if len(step["groups"]) > 1]
-    if not steps:
-        return None
-    shares = [statistics.fmean(bool(step[name]) for step in steps) for name in ("conflicts", "reversals")]
-    return 100 * shares[0], 100 * shares[1]
+    """Return the shares of steps that conflict and that are reversed, per cent; None with one loss."""
+    shares = conflict_shares(run.metrics("step"))
+    return None if shares is None else (100 * shares[0], 100 * shares[1])
 
 
 def by_entropy(order: Order) -> Table:
@@ -108,7 +95,7 @@ def by_entropy(order: Order) -> Table:
     for method in METHODS:
         cells, speed_ups = [], []
         for task in TASKS:
-            runs = order.finished(configs_of(order, method, task, {}))
+            runs = order.finished(order.each_seed(method, task))
             found = [early(run) for run in runs]
             speed_ups += [speed_up for _, speed_up in found]
             cells += [
@@ -134,7 +121,7 @@ def by_settings(order: Order) -> Table:
     for title, configs in variants(order).items():
         runs = order.finished(configs)
         wanted = len(order.seeds)
-        exits = list(zip(*(scores_of(run) for run in runs), strict=True))
+        exits = list(zip(*(run.scores for run in runs), strict=True))
         found = [early(run) for run in runs]
         shares = [share for run in runs if (share := conflicts(run)) is not None]
         rows.append(
@@ -170,12 +157,11 @@ def figure3(order: Order, out: Path) -> list[str]:
     shown = []
     for reduction in REDUCTIONS:
         of_reduction = Order(order.folder, TASKS[:1], ("ml",), order.seeds, order.settings | {"reduction": reduction})
-        page, _, picture = PIECES["figure3"].make(of_reduction, out / f"evidence-angles-{reduction}")
+        page, _, picture = PIECES["figure3"].make(of_reduction, order.folder / f"evidence-angles-{reduction}")
         text = page.read_text(encoding="utf-8").replace("# Figure 3", "## Figure 3")
         shown.append(text.replace("gradients\n", f"gradients, distillation by {reduction}\n", 1))
         shown.append(f"![Histogram of the angles, distillation by {reduction}]({picture.name})\n")
-        page.unlink()
-        page.with_suffix(".csv").unlink()
+        picture.replace(out / picture.name)
     return shown
 
 
@@ -191,7 +177,7 @@ def outcomes(order: Order) -> list[dict[str, Any]]:
             "seed": run.config.seed,
             **{name: run.config.to_dict()[name] for name in ("reduction", "granularity", "clamp")},
             "main": run.result["main"],
-            "development": scores_of(run),
+            "development": run.scores,
             "early by entropy": dict(zip(("score", "layers"), early(run), strict=True)),
             "steps": run.result["steps"],
             "seconds": round(run.result["seconds"], 1),

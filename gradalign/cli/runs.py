@@ -99,7 +99,7 @@ def _say_trained(run: Run) -> None:
 
     result = run.result
     print(f"{run.config.method}: {run.config.judged_on} {result['main']} of the exits, first to last")
-    print("  " + " ".join(f"{score:.3f}" for score in result[f"test_{result['main']}"]))
+    print("  " + " ".join(f"{score:.3f}" for score in run.scores))
     print(f"{result['steps']} steps in {result['seconds']:.0f} s; pictures:")
     for path in plot_run(run):
         print(f"  {path}")
@@ -148,7 +148,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     run = Run.open(options.run)
     result, judge = run.result, judge_of(run.config)
     held_out, test = run.logits("held_out"), run.logits("test")
-    costs, scores = run.costs, result[f"test_{result['main']}"]
+    costs, scores = run.costs, run.scores
     print(f"{run.config.method}: {run.config.judged_on} {result['main']} of each exit")
     for number, (score, cost) in enumerate(zip(scores, costs.exits, strict=True), 1):
         print(f"  exit {number:2}: {score:.3f}, {cost / 1e6:.2f} M MACs")

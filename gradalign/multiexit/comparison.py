@@ -14,6 +14,7 @@ from gradalign.multiexit import policies
 from gradalign.multiexit.configs import Config
 from gradalign.multiexit.evaluation import Outcome, at_score
 from gradalign.multiexit.files import write_json
+from gradalign.multiexit.records import conflict_shares
 from gradalign.multiexit.runs import Run
 from gradalign.multiexit.training import train
 from gradalign.multiexit.workloads import judge_of, workload_of
@@ -135,16 +136,15 @@ def table(rows: Sequence[Row]) -> str:
 
 def _row(run: Run, wanted: float) -> Row:
     config, result = run.config, run.result
-    steps = list(run.metrics("step"))
-    paired = len(steps[0]["groups"]) > 1
+    shares = conflict_shares(run.metrics("step"))
     return Row(
         config.method,
         config.seed,
         result["main"],
-        statistics.fmean(result[f"test_{result['main']}"]),
-        result[f"test_{result['main']}"][-1],
-        statistics.fmean(bool(step["conflicts"]) for step in steps) if paired else None,
-        statistics.fmean(step["reversals"] > 0 for step in steps),
+        statistics.fmean(run.scores),
+        run.scores[-1],
+        None if shares is None else shares[0],
+        0.0 if shares is None else shares[1],
         _at_score(run, wanted),
         result["seconds"],
     )

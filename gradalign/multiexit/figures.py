@@ -78,7 +78,7 @@ def _draw(path: Path, panels: Sequence[Runs], draw: Callable[[Axes, Runs], None]
 
 def _depth_scores(axis: Axes, runs: Runs) -> None:
     first = next(iter(runs.values()))[0]
-    draw_depths(axis, {method: [_scores(run) for run in of_method] for method, of_method in runs.items()})
+    draw_depths(axis, {method: [run.scores for run in of_method] for method, of_method in runs.items()})
     axis.set_ylabel(f"{first.config.judged_on} {first.result['main']}")
 
 
@@ -134,13 +134,6 @@ def _weights(axis: Axes, runs: Runs) -> None:
 def _by_blocks(weights: list[Any]) -> list[list[float]]:
     """Return weights (K,) or (blocks, K) as (blocks, K)."""
     return weights if isinstance(weights[0], list) else [weights]
-
-
-def _scores(run: Run) -> list[float]:
-    """Return the main score of each exit on test rows."""
-    result = run.result
-    scores: list[float] = result[f"test_{result['main']}"]
-    return scores
 
 
 def _has_pair(run: Run) -> bool:

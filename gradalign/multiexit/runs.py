@@ -125,6 +125,17 @@ class Run:
         return result
 
     @property
+    def scores(self) -> list[float]:
+        """The main score of each exit of a finished run, (M,), on test rows.
+
+        Raises:
+            FileNotFoundError: The run is not finished.
+        """
+        result = self.result
+        scores: list[float] = result[f"test_{result['main']}"]
+        return scores
+
+    @property
     def costs(self) -> Costs:
         """The multiply-accumulates of a finished run's network.
 

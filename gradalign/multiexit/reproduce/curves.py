@@ -26,10 +26,6 @@ def _tasks(order: Order, papers: Sequence[str]) -> Sequence[str]:
     return order.tasks or papers
 
 
-def _seeds(order: Order, method: str, task: str, **changed: object) -> list[Config]:
-    return [order.text(method, task, seed, **changed) for seed in order.seeds]
-
-
 def _figure3_needs(order: Order) -> list[Config]:
     for name in order.methods:
         _check_pair(name)
@@ -37,7 +33,7 @@ def _figure3_needs(order: Order) -> list[Config]:
         config
         for task in _tasks(order, ("sst-2",))
         for method in order.methods or ("ml",)
-        for config in _seeds(order, method, task)
+        for config in order.each_seed(method, task)
     ]
 
 
@@ -47,7 +43,7 @@ def _figure3(order: Order, path: Path) -> list[Path]:
     for task in _tasks(order, ("sst-2",)):
         for method in order.methods or ("ml",):
             name = f"{method} on {task}"
-            found[name] = order.finished(_seeds(order, method, task))
+            found[name] = order.finished(order.each_seed(method, task))
             of_seeds = [angles for run in found[name] if (angles := angles_of(run))]
             above = [100 * statistics.fmean(angle > _RIGHT_ANGLE for angle in angles) for angles in of_seeds]
             middle = [statistics.median(angles) for angles in of_seeds]
@@ -87,7 +83,7 @@ def _figure4_needs(order: Order) -> list[Config]:
         config
         for task in _tasks(order, ("cola", "sst-2"))
         for method in (*(order.methods or _CURVES), "single")
-        for config in _seeds(order, method, task)
+        for config in order.each_seed(method, task)
     ]
 
 
@@ -96,10 +92,10 @@ def _figure4(order: Order, path: Path) -> list[Path]:
     for task in _tasks(order, ("cola", "sst-2")):
         depth = order.depth(task)
         curves[task] = {
-            method: [scores(run) for run in order.finished(_seeds(order, method, task))]
+            method: [scores(run) for run in order.finished(order.each_seed(method, task))]
             for method in order.methods or _CURVES
         }
-        single = [scores(run)[-1:] for run in order.finished(_seeds(order, "single", task))]
+        single = [scores(run)[-1:] for run in order.finished(order.each_seed("single", task))]
         curves[task]["single, last exit"] = [score * depth for score in single]
     cells = {task: {name: list(zip(*of, strict=True)) for name, of in named.items()} for task, named in curves.items()}
     return _depths(order, path, "Figure 4: score by depth, budgeted exiting", cells, curves)
@@ -117,8 +113,8 @@ def _figure5_needs(order: Order) -> list[Config]:
 def _alone(order: Order, task: str, exit: int) -> list[Config]:
     """Return the runs of a network that ends at an exit; the whole one is the method single."""
     if exit == order.depth(task):
-        return _seeds(order, "single", task)
-    return _seeds(order, "pml-direct", task, pair_exit=exit)
+        return order.each_seed("single", task)
+    return order.each_seed("pml-direct", task, pair_exit=exit)
 
 
 def _figure5(order: Order, path: Path) -> list[Path]:
@@ -136,8 +132,7 @@ def _figure5(order: Order, path: Path) -> list[Path]:
 
 def scores(run: Run) -> list[float]:
     """Return the main score of each exit on development rows, per cent."""
-    result = run.result
-    return [100 * score for score in result[f"test_{result['main']}"]]
+    return [100 * score for score in run.scores]
 
 
 def _depths(

@@ -64,19 +64,20 @@ def judged(run: Run, policy: str, device: torch.device | str, wanted: float = WA
     Raises:
         ValueError: The policy needs classes, and the task is a regression.
     """
-    result, test, held_out = run.result, run.logits("test"), run.logits("held_out")
-    M = len(test[0])
+    result, costs = run.result, run.costs
+    M = len(costs.exits)
     full = policy == FULL or M == 1
     path = run.folder / f"judged-{FULL if full else f'{policy}-{wanted}'}.json"
     if path.is_file():
         return Judged(**read_json(path))
+    held_out, test = run.logits("held_out"), run.logits("test")
     kind = policy_of("budget" if full else policy, held_out)
-    outcome = at_speed_up(kind, held_out[0], test, 1.0 if full else min(wanted, M), run.costs, judge_of(run.config))
+    outcome = at_speed_up(kind, held_out[0], test, 1.0 if full else min(wanted, M), costs, judge_of(run.config))
     workload = workload_of(run.config, device)
     found = Judged(
         100 * outcome.score,
         outcome.speed_up * result["whole_depth"] / result["depth"],
-        outcome.mac_speed_up * result["whole_cost"] / run.costs.bare,
+        outcome.mac_speed_up * result["whole_cost"] / costs.bare,
         1.0 if policy == FULL else seconds_saved(run, outcome.policy, workload),  # the same network
         repr(outcome.policy),
     )

@@ -51,6 +51,10 @@ class Order:
         values: dict[str, Any] = {**self.settings, **changed}
         return TextConfig(method=method, task=task, seed=seed, **values)
 
+    def each_seed(self, method: str, task: str, **changed: object) -> list[Config]:
+        """Return the configurations of a method's runs on a task, one a seed."""
+        return [self.text(method, task, seed, **changed) for seed in self.seeds]
+
     def images(self, method: str, seed: int, **changed: object) -> ImageConfig:
         """Return the configuration of a run on images."""
         values: dict[str, Any] = {**self.settings, **changed}

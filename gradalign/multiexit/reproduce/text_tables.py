@@ -65,13 +65,9 @@ def _served_by(method: str, task: str) -> str:
     return policy if policy == FULL or glue.task(task).labels else "patience"
 
 
-def _seeds(order: Order, method: str, task: str, **changed: object) -> list[Config]:
-    return [order.text(method, task, seed, **changed) for seed in order.seeds]
-
-
 def _scores_at(runs: Sequence[Run], exit: int) -> list[float]:
     """Return the score of an exit in each run, per cent; -1 is the last."""
-    return [100 * run.result[f"test_{run.result['main']}"][exit] for run in runs]
+    return [100 * run.scores[exit] for run in runs]
 
 
 def _pairs(order: Order, task: str) -> dict[int, int]:
@@ -93,7 +89,7 @@ def _table1_needs(order: Order) -> list[Config]:
             for methods in _PAIR_SETTINGS.values():
                 for method in methods:
                     changed = {} if method == "single" else {"pair_exit": early}
-                    configs.update(dict.fromkeys(_seeds(order, method, task, **changed)))
+                    configs.update(dict.fromkeys(order.each_seed(method, task, **changed)))
     return list(configs)
 
 
@@ -107,7 +103,7 @@ def _table1(order: Order, path: Path) -> list[Path]:
                 for methods, paper in zip(_PAIR_SETTINGS.values(), papers, strict=True):
                     method = methods[which]
                     changed = {} if method == "single" else {"pair_exit": early}
-                    runs = order.finished(_seeds(order, method, task, **changed))
+                    runs = order.finished(order.each_seed(method, task, **changed))
                     cells.append(Cell(_scores_at(runs, exit), len(order.seeds), paper))
                 last = order.depth(task)
                 rows.append((f"{task}, exits {early} and {last}: exit {early if which == 0 else last}", cells))
@@ -129,7 +125,7 @@ def _table2_needs(order: Order) -> list[Config]:
         config
         for task in _table2_tasks(order)
         for method in _table2_methods(order)
-        for config in _seeds(order, method, task)
+        for config in order.each_seed(method, task)
     ]
 
 
@@ -137,7 +133,7 @@ def _table2(order: Order, path: Path) -> list[Path]:
     tasks, rows = _table2_tasks(order), []
     for method in _table2_methods(order):
         speed_up, papers = published.TABLE2.get(method, (None, {}))
-        of_tasks = {task: judge(order, _seeds(order, method, task), _served_by(method, task)) for task in tasks}
+        of_tasks = {task: judge(order, order.each_seed(method, task), _served_by(method, task)) for task in tasks}
         cells = [Cell([row.score for row in of_tasks[task]], len(order.seeds), papers.get(task)) for task in tasks]
         every = [row for of_task in of_tasks.values() for row in of_task]
         rows.append((method, [*cells, *speed_cells(every, len(order.seeds) * len(tasks), speed_up, "runs")]))
@@ -152,7 +148,7 @@ def _table3_needs(order: Order) -> list[Config]:
         for task in order.tasks or ("cola",)
         for alpha in _ALPHAS
         for method in order.methods or ("ml", "gaml-soft")
-        for config in _seeds(order, method, task, alpha=alpha)
+        for config in order.each_seed(method, task, alpha=alpha)
     ]
 
 
@@ -163,7 +159,7 @@ def _table3(order: Order, path: Path) -> list[Path]:
         for alpha in _ALPHAS:
             cells = []
             for method in methods:
-                scored = judge(order, _seeds(order, method, task, alpha=alpha), _served_by(method, task))
+                scored = judge(order, order.each_seed(method, task, alpha=alpha), _served_by(method, task))
                 paper = published.TABLE3.get((method, alpha)) if task == "cola" else None
                 cells.append(Cell([row.score for row in scored], len(order.seeds), paper))
             rows.append((f"{task}, alpha {alpha}", cells))
@@ -182,7 +178,7 @@ def _table4_needs(order: Order) -> list[Config]:
         config
         for task in order.tasks or ("cola", "sst-2")
         for method in order.methods or tuple(published.TABLE4)
-        for config in _seeds(order, method, task)
+        for config in order.each_seed(method, task)
     ]
 
 
@@ -192,7 +188,7 @@ def _table4(order: Order, path: Path) -> list[Path]:
     for method in order.methods or tuple(published.TABLE4):
         steps, seconds = [], []
         for task in tasks:
-            results = [run.result for run in order.finished(_seeds(order, method, task))]
+            results = [run.result for run in order.finished(order.each_seed(method, task))]
             paper = published.TABLE4.get(method, {}).get(task)
             steps.append(Cell([result["steps"] for result in results], len(order.seeds), paper, digits=0))
             seconds.append(Cell([result["seconds"] for result in results], len(order.seeds), digits=0))
@@ -216,7 +212,7 @@ def _table5_needs(order: Order) -> list[Config]:
         config
         for task in order.tasks or ("mnli", "mrpc", "sst-2")
         for method in methods
-        for config in _seeds(order, method, task)
+        for config in order.each_seed(method, task)
     ]
 
 
@@ -224,7 +220,7 @@ def _table5(order: Order, path: Path) -> list[Path]:
     tasks, rows = order.tasks or ("mnli", "mrpc", "sst-2"), []
     for policy, method in _STRATEGIES:
         speed_up, papers = published.TABLE5[policy, method]
-        of_tasks = {task: judge(order, _seeds(order, method, task), policy) for task in tasks}
+        of_tasks = {task: judge(order, order.each_seed(method, task), policy) for task in tasks}
         cells = [Cell([row.score for row in of_tasks[task]], len(order.seeds), papers.get(task)) for task in tasks]
         every = [row for of_task in of_tasks.values() for row in of_task]
         speeds = speed_cells(every, len(order.seeds) * len(tasks), speed_up, "runs")
